@@ -1,0 +1,900 @@
+"""Spatial Broadcast VAE in one file: models, losses, data and training loop of Watters et al. (2019),
+"Spatial Broadcast Decoder: A Simple Architecture for Disentangled Representations in VAEs".
+
+    python sbvae.py --dataset sprites --decoder broadcast            # the paper's main model
+    python sbvae.py --dataset sprites --decoder deconv               # its baseline
+    python sbvae.py --dataset sprites --model factorvae              # appendix C
+    python sbvae.py --dataset sprites --steps 20000                  # a first look, on a laptop
+    python sbvae.py --resume runs/sprites-broadcast-steps20000       # carry on where it stopped
+
+Needs torch and numpy; matplotlib draws the pictures and tqdm the bar if they are there. Sprites are drawn
+on the fly, bit-exact with dSprites: no download. The file works when copied alone; `kernels/` makes it
+faster, `gen_circles.py` and `datasets.py` bring the other data sets.
+
+B batch, C image channels, H height, W width, K latents, N images, F factors. Letters, sections and tables
+in brackets are the paper's; "(ours 3)" marks a choice that it leaves open, by its number in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:  # broadcast and first convolution in one pass; without it they are two, written out below
+    from kernels import broadcast_conv2d
+except ImportError:
+    broadcast_conv2d = None
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+class InputError(ValueError):
+    """What was asked for cannot be done. The message is one line: what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def option(kind, help, choices=None, least=None):
+    return dataclasses.field(default=None, metadata=dict(kind=kind, help=help, choices=choices, least=least))
+
+
+@dataclasses.dataclass
+class Config:
+    """The command line's flags. None stands for the paper's value, which `resolve` fills in."""
+
+    dataset: str = option(str, "sprites (default), objects, chairs, circles-{xy,xh,rg,xyh-small,xyh-tiny}"
+                               "[:hole-center|:hole-corner|:blank], or the path of a file (A.3)")
+    decoder: str = option(str, "default broadcast; deconv is the baseline (Table 1), coordconv the same with "
+                               "coordinates at every layer (E)", ("broadcast", "deconv", "coordconv"))
+    model: str = option(str, "default vae (A.1); factorvae (A.2, Table 2)", ("vae", "factorvae"))
+    likelihood: str = option(str, "default bernoulli; gaussian has variance 0.3 (A)", ("bernoulli", "gaussian"))
+    beta: float = option(float, "weight of the KL; default 1 (A.1; Fig. 3 sweeps 0.4 to 5.4)", least=0)
+    gamma: float = option(float, "factorvae: weight of the total correlation; default 35 (A.2)", least=0)
+    latents: int = option(int, "default 10 (Table 1)", least=1)
+    conv_layers: int = option(int, "decoder's convolutions; default broadcast 3, on objects 6; deconv and coordconv 5 "
+                                   "(Tables 1, 5, 6)", least=1)
+    mlp_layers: int = option(int, "linear layers before the tile, default 0 (Tables 7, 9), or before the reshape of "
+                                  "deconv and coordconv, default 1 (Table 8)", least=0)
+    upscales: int = option(int, "broadcast: convolutions, from the tile on, that become stride-2 deconvolutions; "
+                                "default 0 (Table 10)", least=0)
+    shuffle_coords: bool = option(bool, "broadcast: permute the coordinate pairs once (B)")
+    steps: int = option(int, "default sprites 1.5M, factorvae 1M; chairs 700k; objects 2.5M; circles, other files 500k "
+                             "(Table 4)", least=1)
+    batch_size: int = option(int, "default 16 (A.1), factorvae 32 (A.2)", least=1)
+    lr: float = option(float, "Adam's learning rate; default 3e-4 (A.1), factorvae 1e-4 (A.2)", least=0)
+    seed: int = option(int, "of weights, data and noise; default 0", least=0)
+    device: str = option(str, "cpu or cuda[:N]; default a GPU if there is one")
+    precision: str = option(str, "of the convolutions; default bf16 where the device has units for it, else fp32",
+                            ("fp32", "tf32", "bf16"))
+    kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
+    out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
+    resume: str = option(str, "carry on the run in this folder, exactly")
+    log_every: int = option(int, "steps between log lines; default 200", least=1)
+    save_every: int = option(int, "steps between checkpoints with pictures; default 5000, on a GPU 50000", least=1)
+    image_shape: list = None  # [C, H, W] of the data set; not a flag
+
+
+GROUPS = {"dataset": "model and data", "latents": "architecture", "steps": "training", "device": "machine",
+          "out": "run folder"}  # headings of --help, by their first flag
+FREE_ON_RESUME = ("resume", "out", "steps", "log_every", "save_every")  # the others would change the numbers
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def family(dataset: str | None) -> str:
+    """Which of the paper's data sets a name or a file stands for, as defaults depend on it."""
+    path = Path(dataset or "sprites")
+    files = {".h5": "objects", ".hdf5": "objects", ".tar": "chairs"}
+    name = files.get(path.suffix, "chairs" if path.is_dir() else path.stem)
+    return next((f for f in ("sprites", "objects", "chairs", "circles") if f in name), "other")
+
+
+def resolve(config: Config) -> Config:
+    """A copy with every None replaced by the paper's value (Tables 1 to 4). Raises InputError for values and
+    combinations that make no sense."""
+    c = dataclasses.replace(config)
+    data, factor, broadcast = family(c.dataset), c.model == "factorvae", c.decoder in (None, "broadcast")
+    cuda = torch.cuda.is_available() if c.device is None else c.device.startswith("cuda")
+    # Table 4 has no FactorVAE on chairs and objects: as many steps as the VAE there (ours 12).
+    steps = {"sprites": 1_000_000 if factor else 1_500_000, "chairs": 700_000, "objects": 2_500_000}
+    defaults = dict(
+        dataset="sprites", decoder="broadcast", model="vae", likelihood="bernoulli", beta=1.0,
+        gamma=35.0 if factor else 0.0, latents=10, mlp_layers=0 if broadcast else 1, upscales=0,
+        conv_layers=5 if not broadcast else 6 if data == "objects" else 3, shuffle_coords=False,
+        steps=steps.get(data, 500_000), batch_size=32 if factor else 16, lr=1e-4 if factor else 3e-4, seed=0,
+        device="cuda" if cuda else "cpu", kernel="auto", out=default_out(c), log_every=200,
+        save_every=50_000 if cuda else 5_000)
+    for f in dataclasses.fields(c):
+        if getattr(c, f.name) is None:
+            setattr(c, f.name, defaults.get(f.name))
+        value, meta = getattr(c, f.name), f.metadata
+        if value is None or not meta:
+            continue
+        if meta["choices"] and value not in meta["choices"]:
+            raise InputError(f"{flag(f.name)} {value!r} is unknown; choose from {', '.join(meta['choices'])}")
+        if meta["least"] is not None and not (
+                isinstance(value, (int, meta["kind"])) and meta["least"] <= value < 2**63 - 1):
+            raise InputError(f"{flag(f.name)} must be {'an integer' if meta['kind'] is int else 'a finite number'} "
+                             f"of at least {meta['least']}, not {value!r}")
+    for wrong, message in [
+        (c.lr == 0, "--lr must be above 0"),
+        (c.gamma and not factor, "--gamma weighs FactorVAE's penalty; add --model factorvae"),
+        (factor and c.batch_size < 2, "--model factorvae permutes over the batch; --batch-size must be at least 2"),
+        (c.shuffle_coords and not broadcast, f"--shuffle-coords needs --decoder broadcast, not {c.decoder}"),
+        (c.upscales and not broadcast, f"--upscales needs --decoder broadcast; {c.decoder} always upscales"),
+        (c.upscales > c.conv_layers, f"--upscales {c.upscales} is more than --conv-layers {c.conv_layers}"),
+        (not (broadcast or c.mlp_layers), f"--mlp-layers must be at least 1: {c.decoder} needs one to fill its map"),
+        (c.kernel != "auto" and (not broadcast or c.upscales),
+         f"--kernel {c.kernel} is for the convolution after the tile, and this model has none; drop it"),
+    ]:
+        if wrong:
+            raise InputError(message)
+    return c
+
+
+def default_out(config: Config) -> str:
+    """runs/<data>-<decoder>, then whatever else was set, so that two different runs share no folder."""
+    parts = [Path(config.dataset or "sprites").stem.replace(":", "-"), config.decoder or "broadcast"]
+    silent = ("dataset", "decoder", "device", "out", "resume", "log_every", "save_every", "image_shape")
+    for name, value in vars(config).items():
+        if name not in silent and value is not None and value is not False:
+            parts.append(value if name == "model" else name.replace("_", "") + str(value))
+    return "runs/" + "-".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+SPRITE_SIZES = (3, 6, 40, 32, 32)  # shape (square, ellipse, heart), scale, orientation, x, y
+
+
+@functools.cache
+def sprite_edges(device: torch.device) -> torch.Tensor:
+    """The edges of dSprites' 3 x 6 x 40 outlines around 0: (3, 6, 40, 150, 5) float64 x0, y0, x1, y1, row.
+
+    In pixels, y down. `row` numbers the scanlines that an edge meets, of which each table entry stands for
+    one: edges of the ellipse (a 100-gon) and the heart (a 150-gon) are shorter than a pixel and meet one at
+    most; the four of the square meet up to 20, so each has 20 entries.
+    """
+    f64 = dict(dtype=torch.float64)
+    square = 9.6 * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], **f64)
+    t = torch.arange(100, **f64) * (2 * math.pi / 100)
+    ellipse = torch.stack([9.6 * 1.33 * t.cos(), 9.6 / 1.33 * t.sin()], -1)
+    t = torch.arange(150, **f64) * (2 * math.pi / 150)
+    lobes = 13 * t.cos() - 5 * (2 * t).cos() - 2 * (3 * t).cos() - (4 * t).cos()
+    heart = torch.stack([9.6 * t.sin() ** 3, -(19.2 / 29 * lobes + 1.44)], -1)
+    angle = torch.arange(40, **f64) * (2 * math.pi / 39)  # orientation 39 repeats orientation 0
+    turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], -1).view(40, 2, 2)
+    scale = 0.5 + 0.1 * torch.arange(6, **f64)
+    table = torch.zeros(3, 6, 40, 150, 5, **f64)  # edges of no extent meet no scanline
+    for shape, (outline, rows) in enumerate([(square, 20), (ellipse, 1), (heart, 1)]):
+        start = scale.view(6, 1, 1, 1) * (outline @ turn.mT)  # (6, 40, vertices, 2)
+        edges = torch.cat([start, start.roll(-1, dims=2)], -1).repeat_interleave(rows, dim=2)
+        row = torch.arange(rows, **f64).repeat(len(outline)).expand(6, 40, -1).unsqueeze(-1)
+        table[shape, :, :, : edges.shape[2]] = torch.cat([edges, row], -1)
+    return table.to(device)
+
+
+def draw_sprites(factors: torch.Tensor) -> torch.Tensor:
+    """dSprites (Matthey et al. 2017), drawn: equal in every pixel to all published frames we compared.
+
+    factors (N, 5) int: classes of shape, scale, orientation, x, y -> (N, 64, 64) bool, on their device and
+    without host synchronisation. Raises ValueError for a wrong shape or dtype and, on a CPU, class.
+
+    The outline's vertices are snapped to 1/256 pixel; a pixel is on when its centre lies inside. Walking
+    round the outline, an edge that meets a scanline at column c adds 2**c going down and takes it away
+    going up. What remains per row is 2**right - 2**left: as a 64-bit word, the pixels from left to right.
+    """
+    if factors.ndim != 2 or factors.shape[1] != 5:
+        raise ValueError(f"factors must have shape (N, 5), not {tuple(factors.shape)}")
+    check_classes(factors, SPRITE_SIZES)
+    shape, scale, orientation = factors[:, :3].long().unbind(1)
+    edges = sprite_edges(factors.device)[shape, scale, orientation]  # (N, 150, 5)
+    centre = 16 + 32 * factors[:, 3:].double() / 31
+    x0, y0, x1, y1 = ((edges[..., :4] + centre.repeat(1, 2)[:, None]) * 256).round().unbind(-1)
+    # Pixel centres lie at 256 i + 128. Met are the scanlines with top < 256 row + 128 <= bottom: a centre
+    # on a top edge is out, on a bottom edge in.
+    row = ((torch.minimum(y0, y1) - 128) / 256).floor() + 1 + edges[..., 4]
+    line = 256 * row + 128
+    met = (line <= torch.maximum(y0, y1)) & (y0 != y1)
+    crossing = x0 + (line - y0) * (x1 - x0) / torch.where(met, y1 - y0, 1)
+    # The first pixel whose centre is at the crossing or right of it: on a left edge in, on a right edge out.
+    column = torch.where(met, ((crossing - 128) / 256).ceil(), 0).long()
+    ends = torch.where(met, (y1 - y0).sign().long() << column, 0)
+    place = torch.where(met, row, 0).long() + 64 * torch.arange(len(factors), device=factors.device)[:, None]
+    words = torch.zeros(64 * len(factors), dtype=torch.int64, device=factors.device)
+    words.index_add_(0, place.flatten(), ends.flatten())
+    bits = torch.arange(8, dtype=torch.uint8, device=factors.device)
+    return ((words.view(torch.uint8)[:, None] >> bits) & 1).view(-1, 64, 64).bool()  # little-endian
+
+
+def check_classes(factors, sizes):
+    """ValueError unless factors (N, F) are integers in range. On a GPU the look-up itself traps, without sync."""
+    if factors.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"factors must be integers, not {factors.dtype}")
+    if factors.device.type == "cpu" and ((factors < 0) | (factors >= torch.tensor(sizes))).any():
+        raise ValueError(f"factors {factors.amin(0).tolist()} to {factors.amax(0).tolist()} exceed sizes {sizes}")
+
+
+def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
+    """(..., 3) hue, saturation, value in [0, 1] -> (..., 3) red, green, blue in [0, 1]."""
+    h, s, v = hsv.unbind(-1)
+
+    def channel(n):  # a trapezoid over the hue circle, shifted by a third for each channel
+        k = (n + 6 * h) % 6
+        return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)], -1)
+
+
+class Sprites:
+    """Colored sprites (A.3): dSprites times a colour uniform in H [0, 1], S and V [0.3, 0.7], without end.
+
+    masks: factors (N, 5) -> (N, 64, 64) bool, the drawing above or the look-up in an official file. For the
+    metrics, colour is cut into 10 bins each of H, S and V, and `draw` takes their centres (ours 9).
+    """
+
+    name, size, channels, height, width = "sprites", None, 3, 64, 64
+    factor_names = ("shape", "scale", "orientation", "x", "y", "hue", "saturation", "value")
+    factor_sizes = (*SPRITE_SIZES, 10, 10, 10)
+
+    def __init__(self, device="cpu", masks=draw_sprites):
+        self.masks, self.sizes = masks, torch.tensor(SPRITE_SIZES, device=device)
+        self.low, self.range = torch.tensor([[0.0, 0.3, 0.3], [1.0, 0.4, 0.4]], device=device)
+
+    def paint(self, factors, color):  # (N, 5) int, (N, 3) in [0, 1] -> (N, 3, 64, 64) in [0, 1]
+        rgb = hsv_to_rgb(self.low + self.range * color)
+        return self.masks(factors)[:, None] * rgb[:, :, None, None]
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        u = torch.rand(n, 8, generator=generator, device=self.sizes.device)
+        return self.paint((u[:, :5] * self.sizes).long(), u[:, 5:])
+
+    def draw(self, factors: torch.Tensor) -> torch.Tensor:
+        if factors.ndim != 2 or factors.shape[1] != 8:
+            raise ValueError(f"factors must have shape (N, 8), not {tuple(factors.shape)}")
+        check_classes(factors, self.factor_sizes)
+        return self.paint(factors[:, :5], (factors[:, 5:] + 0.5) / 10)
+
+
+def load_dataset(name_or_path, device="cpu", data_dir="data"):
+    """The data set of that name or file (A.3). Raises InputError when it cannot be had.
+
+    The object has `name`, `channels`, `height`, `width`, `size` (None: drawn without end) and `sample(n,
+    generator)` -> (n, C, H, W) float32 in [0, 1] on the device, and where the ground truth is known
+    `factor_names`, `factor_sizes` and `draw(factors)` -> (N, C, H, W) from integer classes (N, F).
+    """
+    name = str(name_or_path)
+    if name == "sprites":
+        return Sprites(device)
+    try:
+        if name.startswith("circles-"):
+            import gen_circles
+
+            return gen_circles.load(name, device, data_dir=data_dir)
+        import datasets
+
+        if name == "objects":
+            return datasets.Objects(device)
+        path = datasets.find_chairs(data_dir) if name == "chairs" else name
+        data = datasets.load_file(path, device, cache_dir=data_dir)
+        if getattr(data, "factor_sizes", None) == SPRITE_SIZES:  # dSprites' own file: color it
+            return Sprites(device, data.mask)
+        return data
+    except (ValueError, OSError, ImportError) as e:
+        raise InputError(f"--dataset {name}: {e}") from e
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+def coordinate_grid(height: int, width: int) -> torch.Tensor:
+    """(2, H, W): x, from -1 at the left to 1 at the right, then y, from -1 at the top to 1 at the bottom."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([x, y])
+
+
+def spatial_broadcast(z: torch.Tensor, height: int, width: int, coords=None) -> torch.Tensor:
+    """Algorithm 1: tile the latents over the image and append the coordinate channels.
+
+    z (B, K) -> (B, K + 2, H, W) in the order z, x, y. Algorithm 1 as printed builds y with the width; it must
+    be the height (ours 1). coords (2, H, W) stands in for the linear grid (B).
+    """
+    coords = coordinate_grid(height, width) if coords is None else coords
+    z_b = z[:, :, None, None].expand(-1, -1, height, width)  # (B, K, H, W)
+    xy_b = coords.to(z).expand(len(z), -1, -1, -1)  # (B, 2, H, W)
+    return torch.cat([z_b, xy_b], dim=1)
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding, which these networks were defined with: ceil(size /
+    stride) outputs, and an odd row of zeros goes to the end: 1 before and 2 after for k=4, s=1 (ours 4)."""
+
+    def forward(self, x):
+        pads = []
+        for n, k, s in zip(x.shape[:1:-1], self.kernel_size, self.stride):
+            total = max((-(-n // s) - 1) * s + k - n, 0)
+            pads += [total // 2, total - total // 2]  # left, right, top, bottom
+        if pads[0] == pads[1] and pads[2] == pads[3]:  # the convolution pads without a copy
+            return F.conv2d(x, self.weight, self.bias, self.stride, (pads[2], pads[0]))
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride)
+
+
+def deconv(c_in, c_out):
+    """Transposed convolution k=4, s=2; cutting one row at each side is TensorFlow's "same": H -> 2 H."""
+    return nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
+
+
+def mlp(*sizes):
+    return nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())))
+
+
+def float32(x):
+    """Autocast off, for linear layers and latents: near 2, bf16 has steps of 1/64, and the posterior of a
+    position is about as narrow. The convolutions cost the time, these cost nothing."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class Encoder(nn.Module):
+    """Tables 1 and 2: images (B, C, H, W) -> mu, logvar, each (B, K) float32. Convolutions k=4, s=2, FC 256, FC
+    2 K. That the second half is the log-variance is our reading (ours 3)."""
+
+    def __init__(self, channels, height, width, latents, widths=(64, 64, 64, 64)):
+        super().__init__()
+        sizes, shrink = (channels, *widths), 2 ** len(widths)
+        self.convs = nn.ModuleList(SameConv2d(a, b, 4, stride=2) for a, b in zip(sizes, sizes[1:]))
+        self.mlp = mlp(widths[-1] * math.ceil(height / shrink) * math.ceil(width / shrink), 256)
+        self.latents = nn.Linear(256, 2 * latents)
+
+    def forward(self, h):
+        for conv in self.convs:
+            h = F.relu(conv(h))
+        with float32(h):
+            return self.latents(self.mlp(h.float().flatten(1))).chunk(2, dim=1)
+
+
+class BroadcastDecoder(nn.Module):
+    """The Spatial Broadcast decoder (Table 1): z (B, K) -> logits (B, C, H, W). Tile, append coordinates, then
+    `conv_layers` convolutions k=4, s=1 with 64 channels.
+
+    mlp_layers: FC 256 before the tile (Tables 7, 9). upscales: so many convolutions next to the tile become
+    stride-2 deconvolutions, and the tile shrinks (Table 10). shuffle: one fixed permutation of the coordinate
+    pairs, drawn from `generator` (B). kernel: the code for the first layer, auto, triton or torch.
+    """
+
+    def __init__(self, latents, channels, height, width, conv_layers=3, mlp_layers=0, upscales=0, shuffle=False,
+                 kernel="auto", generator=None):
+        super().__init__()
+        self.mlp = mlp(latents, *[256] * mlp_layers)
+        sizes = [(256 if mlp_layers else latents) + 2, *[64] * (conv_layers - 1), channels]
+        self.convs = nn.ModuleList(deconv(a, b) if i < upscales else SameConv2d(a, b, 4)
+                                   for i, (a, b) in enumerate(zip(sizes, sizes[1:])))
+        coords = coordinate_grid(height >> upscales, width >> upscales)
+        if shuffle:  # x and y of a pair stay together
+            coords = coords.flatten(1)[:, torch.randperm(coords[0].numel(), generator=generator)].view_as(coords)
+        self.register_buffer("coords", coords)  # in the checkpoint: a shuffled grid is part of the model
+        self.kernel = kernel
+
+    def forward(self, z):
+        with float32(z):
+            z = self.mlp(z)
+        first, *rest = self.convs
+        if broadcast_conv2d is not None and isinstance(first, SameConv2d):
+            channels_last = first.weight.is_contiguous(memory_format=torch.channels_last)  # then so is what follows
+            h = broadcast_conv2d(z, self.coords, first.weight, first.bias, "same", "relu" if rest else None,
+                                 self.kernel, out_format="channels_last" if channels_last else "contiguous")
+        else:
+            h = first(spatial_broadcast(z, *self.coords.shape[1:], self.coords))
+            h = F.relu(h) if rest else h
+        return output_layers(rest, h)
+
+
+class DeconvDecoder(nn.Module):
+    """The baseline (Tables 1, 2): z (B, K) -> logits (B, C, H, W). FC, reshape, deconvolutions k=4, s=2.
+
+    widths: channels into each deconvolution, so their number is the depth and the first map has H / 2**depth
+    rows: 2 x 2 for 5, 1 x 1 for 6. The last linear layer fills that map (256 units for 2 x 2 x 64), those
+    before it have 256 (ours 7). coords: CoordConv VAE (E), x and y appended to what enters each of them.
+    """
+
+    def __init__(self, latents, channels, height, width, mlp_layers=1, widths=(64,) * 5, coords=False):
+        super().__init__()
+        self.shape = (widths[0], height >> len(widths), width >> len(widths))
+        self.mlp = mlp(latents, *[256] * (mlp_layers - 1), math.prod(self.shape))
+        self.convs = nn.ModuleList(deconv(a + 2 * coords, b) for a, b in zip(widths, (*widths[1:], channels)))
+        self.coords = coords
+
+    def forward(self, z):
+        with float32(z):
+            h = self.mlp(z).view(-1, *self.shape)
+        return output_layers(self.convs, h, append_coords if self.coords else None)
+
+
+def append_coords(h):
+    """(B, C, H, W) -> (B, C + 2, H, W)."""
+    return torch.cat([h, coordinate_grid(*h.shape[2:]).to(h).expand(len(h), -1, -1, -1)], dim=1)
+
+
+def output_layers(convs, h, before=None):
+    """Layers with a ReLU between them and none at the end."""
+    for i, conv in enumerate(convs, 1):
+        h = conv(before(h) if before else h)
+        h = F.relu(h) if i < len(convs) else h
+    return h
+
+
+def reparameterize(mu, logvar, generator=None):
+    """A sample of N(mu, exp(logvar)), differentiable in both."""
+    return mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator, device=mu.device)
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor  # (B, C, H, W); with the Gaussian likelihood the mean
+    mu: torch.Tensor  # (B, K)
+    logvar: torch.Tensor  # (B, K)
+    z: torch.Tensor  # (B, K), a sample of the posterior
+
+
+class VAE(nn.Module):
+    """Encoder and decoder, with the configuration they were built from."""
+
+    def __init__(self, config: Config, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, encoder, decoder
+
+    def encode(self, images):  # (B, C, H, W) in [0, 1] -> mu (B, K), logvar (B, K)
+        return self.encoder(images)
+
+    def decode(self, z):  # (B, K) -> logits (B, C, H, W) float32
+        return self.decoder(z).float()
+
+    def forward(self, images, generator=None) -> Output:
+        mu, logvar = self.encode(images)
+        z = reparameterize(mu, logvar, generator)
+        return Output(self.decode(z), mu, logvar, z)
+
+    def pixels(self, logits):
+        """The mean image, in [0, 1]."""
+        return logits.sigmoid() if self.config.likelihood == "bernoulli" else logits.clamp(0, 1)
+
+
+def init_weights(module: nn.Module, generator=None):
+    """Truncated normal weights and zero biases (A). The paper gives no scale; as in its authors' library of the
+    time: sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
+    convolutions (ours 2)."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            linear = isinstance(m, nn.Linear)
+            std = (m.in_features if linear else m.in_channels * math.prod(m.kernel_size)) ** -0.5
+            nn.init.trunc_normal_(m.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            nn.init.zeros_(m.bias)
+
+
+def build_model(config: Config) -> VAE:
+    """The VAE of a configuration, on the CPU, initialised from its seed. Raises InputError when the images do
+    not go with the layers. Without `image_shape` they are 64 x 64, of one channel for chairs and else three."""
+    c = resolve(config)
+    channels, height, width = c.image_shape or (1 if family(c.dataset) == "chairs" else 3, 64, 64)
+    doublings = c.upscales if c.decoder == "broadcast" else c.conv_layers
+    if height % 2**doublings or width % 2**doublings:
+        raise InputError(f"{doublings} upscaling layers make images whose sides are multiples of {2**doublings}, not "
+                         f"{height} x {width}; lower {'--upscales' if c.upscales else '--conv-layers'}")
+    # Table 1; for FactorVAE Table 2, whose encoder widens from the image to the latents, as Kim and Mnih's.
+    down, up = ((32, 32, 64, 64), (64, 64, 64, 32, 32)) if c.model == "factorvae" else ((64,) * 4, (64,) * 5)
+    up = (64,) * (c.conv_layers - 5) + up[max(5 - c.conv_layers, 0):]  # other depths, next to the latents
+    generator = torch.Generator().manual_seed(c.seed)
+    encoder = Encoder(channels, height, width, c.latents, down)
+    if c.decoder == "broadcast":
+        decoder = BroadcastDecoder(c.latents, channels, height, width, c.conv_layers, c.mlp_layers, c.upscales,
+                                   c.shuffle_coords, c.kernel, generator)
+    else:
+        decoder = DeconvDecoder(c.latents, channels, height, width, c.mlp_layers, up, c.decoder == "coordconv")
+    model = VAE(c, encoder, decoder)
+    init_weights(model, generator)
+    return model
+
+
+def build_discriminator(latents: int, seed: int = 0) -> nn.Module:
+    """FactorVAE's judge of z (B, K) -> logits (B, 2): six layers of 1000 units, leaky ReLU 0.2 (A.2)."""
+    sizes = (latents, *[1000] * 6)
+    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
+    discriminator = nn.Sequential(*layers, nn.Linear(1000, 2))
+    init_weights(discriminator, torch.Generator().manual_seed(seed + 1))
+    return discriminator
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
+    """-> loss, NLL, KL: in nats, summed over pixels and channels or latents, averaged over the batch.
+
+    NLL of a Bernoulli with these logits (pixels between 0 and 1 count as probabilities), or of a Gaussian with
+    this mean and variance 0.3 (A says variance, so sigma is 0.548), its constant included (ours 6).
+    KL(N(mu, sigma^2) || N(0, 1)) = sum(mu^2 + sigma^2 - 1 - log sigma^2) / 2. loss = NLL + beta KL; the
+    paper's "ELBO" is the loss at beta = 1. Raises ValueError when shapes disagree.
+    """
+    if logits.shape != images.shape or mu.shape != logvar.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} do not match images {tuple(images.shape)}, or mu "
+                         f"{tuple(mu.shape)} logvar {tuple(logvar.shape)}")
+    if likelihood == "bernoulli":
+        nll = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+    else:
+        squares = F.mse_loss(logits, images, reduction="sum") / len(images)
+        nll = 0.5 * (squares / 0.3 + images[0].numel() * math.log(2 * math.pi * 0.3))
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+    return nll + beta * kl, nll, kl
+
+
+def permute_latents(z: torch.Tensor, generator=None) -> torch.Tensor:
+    """Shuffle each latent over the batch by itself: (B, K) from the product of the marginals."""
+    return z.gather(0, torch.rand(z.shape, generator=generator, device=z.device).argsort(dim=0))
+
+
+def total_correlation(logits: torch.Tensor) -> torch.Tensor:
+    """KL(q(z) || prod_k q(z_k)) = E log D / (1 - D), from the discriminator's logits (B, 2), class 0 being q(z)."""
+    return (logits[:, 0] - logits[:, 1]).mean()
+
+
+def discriminator_loss(joint: torch.Tensor, permuted: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of telling q(z), class 0, from permuted latents, class 1; logits (B, 2) each."""
+    labels = torch.zeros(len(joint), dtype=torch.long, device=joint.device)
+    return 0.5 * (F.cross_entropy(joint, labels) + F.cross_entropy(permuted, labels + 1))
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+
+
+@contextlib.contextmanager
+def atomically(path: Path):
+    """Yield a temporary path in the same folder and rename it to `path` when all went well: a reader sees the
+    old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(run: Path) -> tuple[Config, dict]:
+    """Configuration and checkpoint of a run folder. Raises InputError when missing, damaged or mixed up."""
+    try:
+        checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        config = resolve(Config(**checkpoint["config"]))
+        told = json.loads((run / "config.json").read_text())["config"]
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise InputError(f"{run} holds no run ({e.filename} is missing); check the path, or train with --out") from e
+    except Exception as e:  # torch.load raises whatever the damaged bytes lead it to
+        raise InputError(f"{run} holds damaged files or those of another version ({type(e).__name__}); restore them, "
+                         "or train anew with another --out") from e
+    differ = [n for n, v in checkpoint["config"].items() if n not in FREE_ON_RESUME and told.get(n) != v]
+    if differ:
+        raise InputError(f"{run}: checkpoint.pt and config.json are not of one run, they differ in "
+                         f"{', '.join(differ)}; restore them, or train anew with another --out")
+    return config, checkpoint
+
+
+def load(run_dir) -> VAE:
+    """The trained model of a run folder, in eval mode on the CPU, with `.config`. Raises InputError."""
+    config, checkpoint = read_checkpoint(Path(run_dir))
+    model = build_model(config)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def read_run(config: Config) -> tuple[Config, dict | None]:
+    """What to train -> resolved config, checkpoint (None for a new run). Raises InputError; writes nothing."""
+    run, checkpoint = Path(config.resume or config.out or default_out(config)), None
+    if config.resume:
+        saved, checkpoint = read_checkpoint(run)
+        asked = {name: value for name, value in vars(config).items() if value is not None}
+        for name, value in asked.items():
+            if name not in FREE_ON_RESUME and value != getattr(saved, name):
+                raise InputError(f"{run} was trained with {flag(name)} {getattr(saved, name)}, not {value}; drop the "
+                                 "flag, or train anew with another --out")
+        config = dataclasses.replace(saved, **{n: v for n, v in asked.items() if n in FREE_ON_RESUME})
+    elif (run / "checkpoint.pt").exists():
+        raise InputError(f"{run} already holds a run; carry it on with --resume {run}, or choose another --out")
+    return resolve(dataclasses.replace(config, out=str(run), resume=None)), checkpoint
+
+
+def open_log(run: Path, step: int):
+    """Claim a run folder -> metrics.jsonl, open, locked and cut to the lines up to `step`; its last record."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        log = open(run / "metrics.jsonl", "a+")  # noqa: SIM115 (it stays open, and locked, during the run)
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
+    except BlockingIOError as e:
+        raise InputError(f"another process is training in {run}; wait for it, or choose another --out") from e
+    except OSError as e:
+        raise InputError(f"cannot write to the run folder {run} ({e.strerror}); choose another --out") from e
+    log.seek(0)
+    lines = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    log.truncate(sum(map(len, lines)))  # later lines will come again; the last one may be half written
+    for leftover in run.glob(".*.tmp"):  # of a process that was killed
+        leftover.unlink()
+    return log, json.loads(lines[-1]) if lines else {}
+
+
+def save_pictures(run: Path, model: VAE, images: torch.Tensor):
+    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W):
+    around the first one's mean, -2 to 2 in each latent, rows sorted by the mean variance over the images."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # a run needs no pictures
+        return
+    with torch.no_grad():
+        mu, logvar = model.encode(images)
+        variance = logvar.exp().mean(0)
+        order = variance.argsort().tolist()  # the most informative latent first
+        z = mu[0].repeat(len(order), 11, 1)  # (rows, columns, K)
+        for row, k in enumerate(order):
+            z[row, :, k] = torch.linspace(-2, 2, 11)
+        sweeps = model.pixels(model.decode(z.flatten(0, 1))).unflatten(0, (len(order), 11))
+        pairs = torch.stack([images[:10], model.pixels(model.decode(mu[:10]))])
+    labels = [f"z{k}   mean σ² {variance[k]:.3f}" for k in order]
+    for name, grid, names in (("reconstructions", pairs, ["data", "model"]), ("traversals", sweeps, labels)):
+        rows, columns, _, h, w = grid.shape
+        tiles = F.pad(grid, (1, 1, 1, 1), value=1.0).permute(0, 3, 1, 4, 2)  # a white line around each
+        canvas = tiles.reshape(rows * (h + 2), columns * (w + 2), -1).expand(-1, -1, 3).cpu().numpy()
+        figure = Figure(figsize=(canvas.shape[1] / 80, canvas.shape[0] / 80), dpi=160)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(canvas, interpolation="nearest")
+        axes.set_yticks([(h + 2) * (i + 0.5) for i in range(rows)], names)
+        ends = {"-2": 0.5, "0": 5.5, "2": 10.5} if grid is sweeps else {}
+        axes.set_xticks([(w + 2) * i for i in ends.values()], ends)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        with atomically(run / f"{name}.png") as path:
+            figure.savefig(path, format="png", bbox_inches="tight")
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def choose_device(config: Config) -> tuple[torch.device, str, str]:
+    """-> device, precision, why this precision. Raises InputError."""
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {config.device} cannot be used ({str(e).splitlines()[0]}); choose cpu, or "
+                         "cuda[:N] where there is a GPU") from e
+    cuda = device.type == "cuda"
+    if not cuda and (device.type != "cpu" or config.precision == "tf32" or config.kernel == "triton"):
+        raise InputError("--precision tf32, --kernel triton and devices other than cpu need a GPU: --device cuda")
+    if config.precision:
+        return device, config.precision, "as asked"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, which may drop them
+    units = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else any(
+        getattr(torch.cpu, name, bool)() for name in names)
+    return device, *(("bf16", "the device has bf16 units") if units else ("fp32", "the device has no bf16 units"))
+
+
+def choose_kernel(config: Config) -> str:
+    """Which code runs the first layer after the tile, and why, in words."""
+    if config.decoder != "broadcast" or config.upscales:
+        return "none, as this model has no convolution after a tile"
+    if broadcast_conv2d is None:
+        return "plain tile, append, convolve, as kernels/ is not beside sbvae.py"
+    return f"{config.kernel}, from kernels/"
+
+
+def versions() -> dict:
+    """What a result depends on beside the configuration."""
+    here, commit = Path(__file__).resolve().parent, None
+    if (here / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.check_output(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+                                             text=True, stderr=subprocess.DEVNULL).strip()
+    return dict(commit=commit, torch=torch.__version__, python=platform.python_version(),
+                platform=platform.platform())
+
+
+def clock(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h" if hours >= 2 else f"{hours * 60:.1f} min"
+
+
+def train(config: Config) -> dict:
+    """Train one model; return its last log record: step, elbo, nll, kl, latents_used, ...
+
+    Writes config.json, metrics.jsonl, checkpoint.pt and two pictures into the run folder. Raises InputError,
+    before the first step, for what cannot be done, and FloatingPointError when loss or weights are no longer
+    finite. Told to stop by Ctrl-C or SIGTERM it saves and raises KeyboardInterrupt or SystemExit.
+    """
+    config, checkpoint = read_run(config)
+    run, factor = Path(config.out), config.model == "factorvae"
+    device, precision, why = choose_device(config)
+    data = load_dataset(config.dataset, device)
+    shape = [data.channels, data.height, data.width]
+    if config.image_shape not in (None, shape):
+        raise InputError(f"{config.dataset} has images {shape}; {run} was trained on {config.image_shape}")
+    config = dataclasses.replace(config, precision=precision, image_shape=shape)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # Matrix units want channels last; a CPU's fp32 convolutions are twice as fast without.
+    channels_last = device.type == "cuda" or precision == "bf16"
+
+    model = build_model(config)
+    model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    generator = torch.Generator(device=device).manual_seed(config.seed)  # of data and noise
+    parts, names = {"model": model, "optimizer": optimizer}, ["elbo", "nll", "kl", "latents_used"]
+    if factor:
+        discriminator = build_discriminator(config.latents, config.seed).to(device)
+        # A.2's learning rate; the betas are Kim and Mnih's
+        d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-5, betas=(0.5, 0.9), fused=True)
+        parts |= {"discriminator": discriminator, "d_optimizer": d_optimizer}
+        names += ["tc", "d_loss"]
+    step, logged = 0, 0  # the last log line's step, and what has added up since
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        generator.set_state(checkpoint["generator"])
+        step, logged, sums = checkpoint["step"], checkpoint["logged"], checkpoint["sums"].to(device)
+    pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
+
+    def save():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        with atomically(run / "checkpoint.pt") as path:
+            torch.save(dict(state, config=dataclasses.asdict(config), step=step, logged=logged, sums=sums,
+                            generator=generator.get_state()), path)
+
+    log, record = open_log(run, step)
+    with atomically(run / "config.json") as path:
+        path.write_text(json.dumps(dict(config=dataclasses.asdict(config), **versions()), indent=1) + "\n")
+    if not checkpoint:
+        save()
+    weights = {"encoder": model.encoder, "decoder": model.decoder, "discriminator": parts.get("discriminator")}
+    print(f"data     {config.dataset}, {' x '.join(map(str, shape))}, "
+          + ("drawn without end" if data.size is None else f"{data.size:,} images"))
+    print(f"model    {config.model}, {config.decoder} decoder, {config.latents} latents, {config.likelihood}, beta "
+          f"{config.beta:g}" + f", gamma {config.gamma:g}" * factor)
+    print("weights ", ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in weights.items() if m))
+    print(f"device   {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {precision} ({why})")
+    print(f"kernel   {choose_kernel(config)}")
+    print(f"run      {run}, steps {step:,} to {config.steps:,}, batch {config.batch_size}, lr {config.lr:g}, seed "
+          f"{config.seed}", flush=True)
+
+    stopped, handlers = [], {}  # signals that came, and who handled them before
+
+    def stop(number, frame):  # finish the step, save, leave; a second signal ends it at once
+        stopped.append(number)
+        signal.signal(number, handlers[number])
+
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() else None
+    say = bar.write if bar else functools.partial(print, flush=True)
+    first, begun, begun_at = step, time.perf_counter(), step
+    try:
+        while step < config.steps and not stopped:
+            images = data.sample(config.batch_size, generator)
+            with autocast():
+                out = model(images, generator)
+            loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
+            terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
+            if factor:
+                discriminator.requires_grad_(False)  # here it judges and does not learn
+                tc = total_correlation(discriminator(out.z))
+                loss = loss + config.gamma * tc
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if factor:  # Kim and Mnih, algorithm 2: a second batch gives the permuted latents (ours 10)
+                with torch.no_grad(), autocast():
+                    other = reparameterize(*model.encode(data.sample(config.batch_size, generator)), generator)
+                discriminator.requires_grad_(True)
+                d_loss = discriminator_loss(discriminator(out.z.detach()),
+                                            discriminator(permute_latents(other, generator)))
+                d_optimizer.zero_grad()
+                d_loss.backward()
+                d_optimizer.step()
+                terms += [tc, d_loss]
+            sums += torch.stack([term.detach() for term in terms])
+            step += 1
+
+            if bar:
+                bar.update()
+            if step == first + 20:
+                seconds = time.perf_counter() - begun
+                left = (config.steps - step) * seconds / 20
+                say(f"speed    {20 / seconds:.3g} steps/s; {clock(left)} to go, until "
+                    + time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left)))
+            ending = step == config.steps
+            to_log, to_save = ending or step % config.log_every == 0, ending or step % config.save_every == 0
+            if not (to_log or to_save or stopped):
+                continue
+            if not all(torch.isfinite(x).all() for x in (sums, *model.parameters())):  # waits for the device
+                raise FloatingPointError(f"loss or weights became NaN or infinite between steps {logged:,} and "
+                                         f"{step:,}; {run}/checkpoint.pt holds the last good state; try a lower --lr")
+            if to_log:
+                means = (sums / (step - logged)).tolist()
+                rate = (step - begun_at) / (time.perf_counter() - begun)
+                record = dict(step=step, **dict(zip(names, means, strict=True)),
+                              images_per_s=rate * config.batch_size, seconds_left=(config.steps - step) / rate)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                say(f"step {step:>9,}  ELBO {record['elbo']:8.2f}  NLL {record['nll']:8.2f}  KL {record['kl']:6.2f}  "
+                    f"latents used {record['latents_used']:5.2f}  "
+                    + (f"TC {record['tc']:6.3f}  D loss {record['d_loss']:.4f}  " if factor else "")
+                    + f"{record['images_per_s']:7,.0f} images/s  {clock(record['seconds_left'])} left")
+                sums.zero_()
+                logged, begun, begun_at = step, time.perf_counter(), step
+            if to_save or stopped:
+                save()
+            if to_save:
+                with autocast():
+                    save_pictures(run, model, pictured)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if bar:
+            bar.close()
+        log.close()
+    if step < config.steps:
+        print(f"stopped at step {step:,}; carry on with: python sbvae.py --resume {run}")
+        raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+    print(f"done     {step:,} steps; weights, metrics and pictures are in {run}")
+    return record
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments=None) -> Config:
+    """The command line as a Config."""
+    parser = argparse.ArgumentParser(
+        prog="sbvae.py", allow_abbrev=False, description="Train the Spatial Broadcast VAE (Watters et al. 2019) and "
+        "its relatives. Defaults are the paper's; brackets say where they stand in it.")
+    group = parser
+    for f in dataclasses.fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if kind := f.metadata.get("kind"):
+            choices = f.metadata["choices"]
+            how = dict(action="store_true", default=None) if kind is bool else dict(
+                type=kind, choices=choices, metavar=None if choices else kind.__name__)
+            group.add_argument(flag(f.name), help=f.metadata["help"], **how)
+    return Config(**vars(parser.parse_args(arguments)))
+
+
+def main():
+    try:
+        train(parse())
+    except (InputError, OSError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, FloatingPointError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The broadcast VAE of Table 1 written out the plainest way: an independent reference for the tests, and the
+baseline for speed. fp32, NCHW, expand + cat + conv2d, Adam without fusion.
+
+    python tests/naive.py [--steps 20]     # steps per second of this and of sbvae.py, in turn, in one run
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sbvae  # noqa: E402
+
+
+def encode(w, x):
+    for i in range(4):  # k=4, s=2; even sizes: one row of zeros on each side
+        x = F.relu(F.conv2d(x, w[f"encoder.convs.{i}.weight"], w[f"encoder.convs.{i}.bias"], stride=2, padding=1))
+    x = F.relu(F.linear(x.flatten(1), w["encoder.mlp.0.weight"], w["encoder.mlp.0.bias"]))
+    return F.linear(x, w["encoder.latents.weight"], w["encoder.latents.bias"]).chunk(2, dim=1)
+
+
+def decode(w, z, height, width):
+    x = torch.linspace(-1, 1, width).view(1, 1, 1, width).expand(len(z), 1, height, width)
+    y = torch.linspace(-1, 1, height).view(1, 1, height, 1).expand(len(z), 1, height, width)
+    h = torch.cat([z[:, :, None, None].expand(-1, -1, height, width), x, y], dim=1)
+    for i in range(3):
+        h = F.pad(h, (1, 2, 1, 2))  # left, right, top, bottom
+        h = F.conv2d(h, w[f"decoder.convs.{i}.weight"], w[f"decoder.convs.{i}.bias"])
+        h = F.relu(h) if i < 2 else h
+    return h
+
+
+def loss(w, x, noise):
+    mu, logvar = encode(w, x)
+    z = mu + torch.exp(0.5 * logvar) * noise
+    logits = decode(w, z, *x.shape[2:])
+    nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum((1, 2, 3)).mean()
+    return nll + (0.5 * (mu**2 + logvar.exp() - 1 - logvar)).sum(1).mean()
+
+
+def naive_step():
+    weights = {k: v.detach().clone().requires_grad_() for k, v in sbvae.build_model(sbvae.Config()).named_parameters()}
+    adam = torch.optim.Adam(weights.values(), lr=3e-4, foreach=False)
+    data, generator = sbvae.Sprites(), torch.Generator().manual_seed(0)
+
+    def step():
+        x = data.sample(16, generator)
+        adam.zero_grad()
+        loss(weights, x, torch.randn(16, 10, generator=generator)).backward()
+        adam.step()
+
+    return step
+
+
+def our_step():
+    """The lines of `sbvae.train` that do one step on a CPU, in its default precision."""
+    config = sbvae.resolve(sbvae.Config(device="cpu"))
+    device, precision, _ = sbvae.choose_device(config)
+    low = precision == "bf16"
+    model = sbvae.build_model(config).to(memory_format=torch.channels_last if low else torch.contiguous_format)
+    adam = torch.optim.Adam(model.parameters(), lr=3e-4, fused=True)
+    data, generator = sbvae.Sprites(), torch.Generator().manual_seed(0)
+
+    def step():
+        x = data.sample(16, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = model(x, generator)
+        adam.zero_grad()
+        sbvae.vae_loss(out.logits, x, out.mu, out.logvar)[0].backward()
+        adam.step()
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    steps = {"naive": naive_step(), "sbvae": our_step()}
+    times = {name: [] for name in steps}
+    for _ in range(5):
+        for step in steps.values():
+            step()
+    for _ in range(arguments.steps):  # in turn, so that a machine that slows down slows both
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - begun)
+    for name, seconds in times.items():
+        median = sorted(seconds)[len(seconds) // 2]
+        print(f"{name}: {1e3 * median:6.1f} ms a step, {1 / median:5.2f} steps/s (median of {len(seconds)})")
+    ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
+    print(f"sbvae is {ratios[len(ratios) // 2]:.2f} x as fast (20-80%: {ratios[len(ratios) // 5]:.2f} to "
+          f"{ratios[-len(ratios) // 5]:.2f}), {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
