@@ -1,0 +1,355 @@
+"""The torch form of kernels/broadcast_conv.py against the layer written out, in float64.
+
+`python -m pytest tests/test_kernels.py`; SBVAE_SLOW=1 sweeps more shapes. The Triton form is tested
+in test_kernels_triton.py, which takes its cases and its comparator from here.
+"""
+
+import copy
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import SpatialBroadcastConv2d, broadcast_conv2d, coordinates
+
+SLOW = os.environ.get("SBVAE_SLOW") == "1"
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+# --- cases and comparator -------------------------------------------------------------------------
+
+
+def random_case(rng):
+    """Sizes and options of one call; about one in eight has no output and is skipped by callers."""
+    sizes = dict(
+        batch=rng.choice([0, 1, 2, 3]),
+        latents=rng.choice([1, 2, 5]),
+        maps=rng.choice([1, 2, 4]),
+        channels=rng.choice([1, 2, 3, 5]),
+        height=rng.choice([1, 2, 3, 5, 8, 11]),
+        width=rng.choice([1, 2, 4, 7, 9]),
+        kernel=(rng.choice([1, 2, 3, 4, 5]), rng.choice([1, 2, 3, 4])),
+        bias=rng.random() < 0.7,
+    )
+    options = dict(
+        padding=rng.choice(["same", "same", "valid", 0, 1, (2, 0), (1, 3), 6]),
+        activation=rng.choice([None, "relu", "elu"]),
+        coords_first=rng.random() < 0.5,
+        out_format=rng.choice(list(LAYOUTS)),
+    )
+    return sizes, options
+
+
+def tensors(sizes, seed=0, dtype=torch.float64, device="cpu"):
+    """z, coords, weight (and bias) of these sizes. The coordinates are random: any content will do."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [
+        (sizes["batch"], sizes["latents"]),
+        (sizes["maps"], sizes["height"], sizes["width"]),
+        (sizes["channels"], sizes["latents"] + sizes["maps"], *sizes["kernel"]),
+    ]
+    shapes += [(sizes["channels"],)] if sizes["bias"] else []
+    return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def has_output(sizes, padding):
+    kernel, image = sizes["kernel"], (sizes["height"], sizes["width"])
+    if padding == "same":
+        return True
+    pair = (0, 0) if padding == "valid" else padding
+    pair = (pair, pair) if isinstance(pair, int) else pair
+    return all(n + 2 * p >= k for n, p, k in zip(image, pair, kernel, strict=True))
+
+
+def with_gradients(arguments, upstream=None, **options):
+    """[output, *gradients of all arguments] for a random upstream gradient."""
+    out = broadcast_conv2d(*arguments, **options)
+    if upstream is None:
+        g = torch.Generator().manual_seed(1)
+        upstream = torch.randn(out.shape, generator=g)
+    return [out, *torch.autograd.grad(out, arguments, upstream.to(out))]
+
+
+def assert_as_exact(actual, reference, exact):
+    """`actual` is at most twice as far from `exact` (float64) as `reference`, plus one ulp.
+
+    Gradients, sums of thousands of terms that cancel, get four ulps: in float32 the reference's own
+    error varies by that much with the order of its sums.
+    """
+    for i, (a, r, e) in enumerate(zip(actual, reference, exact, strict=True)):
+        assert a.shape == e.shape and a.dtype == r.dtype, f"{i}: {a.shape} {a.dtype}"
+        if e.numel() == 0:
+            continue
+        a, r, ulp = a.detach().cpu(), r.detach().cpu(), torch.finfo(a.dtype).eps * e.abs().max()
+        allowed = 2 * (r.double() - e).abs().max() + (1 if i == 0 else 4) * ulp
+        error = (a.double() - e).abs().max()
+        assert error <= allowed, f"result {i} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def exact(arguments, **options):
+    """Values and gradients of the reference in float64, on a CPU, for these very numbers."""
+    double = [t.detach().cpu().double().requires_grad_() for t in arguments]
+    return [t.detach() for t in with_gradients(double, **{**options, "backend": "reference"})]
+
+
+# --- the reference itself -------------------------------------------------------------------------
+
+
+def test_reference_is_the_sum_written_out():
+    """Every output value by loops over channels and taps: tile, append, pad, correlate."""
+    sizes = dict(batch=2, latents=2, maps=2, channels=2, height=3, width=5, kernel=(4, 3), bias=True)
+    z, coords, weight, bias = (t.detach() for t in tensors(sizes))
+    out = broadcast_conv2d(z, coords, weight, bias, backend="reference")
+    assert out.shape == (2, 2, 3, 5)
+    for b, c, y, x in itertools.product(range(2), range(2), range(3), range(5)):
+        total = bias[c].item()
+        for k, i, j in itertools.product(range(4), range(4), range(3)):
+            yy, xx = y + i - 1, x + j - 1  # k=4 "same": one row of zeros before, two after
+            if 0 <= yy < 3 and 0 <= xx < 5:
+                value = z[b, k] if k < 2 else coords[k - 2, yy, xx]
+                total += (weight[c, k, i, j] * value).item()
+        assert abs(out[b, c, y, x].item() - total) < 1e-12
+
+
+def test_same_padding_is_tensorflows():
+    """A kernel of ones over a constant counts the taps inside: for k=4, 3 at the start, 2 at the end."""
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    coords, weight = torch.zeros(1, 6, 7).double(), torch.zeros(1, 2, 4, 4).double()
+    weight[:, 0] = 1
+    counts = broadcast_conv2d(ones, coords, weight)[0, 0]
+    rows, columns = torch.tensor([3, 4, 4, 4, 3, 2]), torch.tensor([3, 4, 4, 4, 4, 3, 2])
+    assert torch.equal(counts, torch.outer(rows, columns).double())
+
+
+def test_coordinates_follow_algorithm_1():
+    """x first, along the width; y second, along the height; both from -1 to 1."""
+    x, y = coordinates(3, 5)
+    assert x.tolist() == [[-1.0, -0.5, 0.0, 0.5, 1.0]] * 3
+    assert y.tolist() == [[-1.0] * 5, [0.0] * 5, [1.0] * 5]
+
+
+# --- the torch form -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(1000 if SLOW else 120))
+def test_torch_equals_reference(seed):
+    sizes, options = random_case(random.Random(seed))
+    if not has_output(sizes, options["padding"]):
+        with pytest.raises(ValueError, match="larger than the padded"):
+            broadcast_conv2d(*tensors(sizes), **options)
+        return
+    arguments = tensors(sizes, seed)
+    actual = with_gradients(arguments, backend="torch", **options)
+    wanted = with_gradients(arguments, backend="reference", **options)
+    assert actual[0].is_contiguous(memory_format=LAYOUTS[options["out_format"]])
+    for a, w in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+@pytest.mark.parametrize("kernel, padding", [((4, 3), "same"), ((2, 3), "valid"), ((3, 1), (1, 2))])
+def test_first_and_second_derivatives(activation, kernel, padding):
+    sizes = dict(batch=2, latents=2, maps=1, channels=2, height=3, width=4, kernel=kernel, bias=True)
+    for layout in LAYOUTS:
+
+        def layer(*t, layout=layout):
+            return broadcast_conv2d(
+                *t, padding=padding, activation=activation, backend="torch", out_format=layout
+            )
+
+        assert torch.autograd.gradcheck(layer, tensors(sizes))
+        assert torch.autograd.gradgradcheck(layer, tensors(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torch_in_low_precision(dtype, layout):
+    sizes = dict(batch=5, latents=6, maps=2, channels=8, height=13, width=17, kernel=(4, 4), bias=True)
+    for activation in (None, "relu", "elu"):
+        options = dict(activation=activation, out_format=layout)
+        arguments = tensors(sizes, dtype=dtype)
+        assert_as_exact(
+            with_gradients(arguments, backend="torch", **options),
+            with_gradients(arguments, backend="reference", **options),
+            exact(arguments, **options),
+        )
+
+
+def wrong_answers(arguments, **options):
+    """What a broken kernel would give."""
+    z, coords, weight, bias = arguments
+    right = broadcast_conv2d(*arguments, **options)
+    yield "zeros", torch.zeros_like(right)
+    yield "x and y swapped", broadcast_conv2d(z, coords.flip(0), weight, bias, **options)
+    yield "bias dropped", broadcast_conv2d(z, coords, weight, None, **options)
+    yield "kernel transposed", broadcast_conv2d(z, coords, weight.transpose(2, 3), bias, **options)
+    yield "padding off by one", right.roll((1, 1), (2, 3))
+    # two rows of zeros before and one after: what F.conv2d's "same" would be if rounded up
+    flipped = broadcast_conv2d(z, coords.flip(1, 2), weight.flip(2, 3), bias, **options)
+    yield "padding on the other side", flipped.flip(2, 3)
+    yield "one image for all", right[:1].expand_as(right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_comparator_rejects_wrong_answers(dtype):
+    sizes = dict(batch=3, latents=4, maps=2, channels=4, height=7, width=9, kernel=(4, 4), bias=True)
+    arguments = tensors(sizes, dtype=dtype)
+    wanted = exact(arguments)[:1]
+    reference = [broadcast_conv2d(*arguments, backend="reference")]
+    assert_as_exact([broadcast_conv2d(*arguments)], reference, wanted)
+    for name, wrong in wrong_answers(arguments):
+        with pytest.raises(AssertionError, match="off by"):
+            assert_as_exact([wrong], reference, wanted)
+            pytest.fail(f"accepted: {name}")
+
+
+def test_strided_and_expanded_inputs():
+    sizes = dict(batch=4, latents=3, maps=2, channels=3, height=6, width=5, kernel=(3, 4), bias=True)
+    z, coords, weight, bias = (t.detach() for t in tensors(sizes))
+    strided = [z.t().contiguous().t(), coords.mT.contiguous().mT, weight.flip(2).flip(2), bias]
+    strided[0] = strided[0][:1].expand(4, -1)
+    wanted = broadcast_conv2d(strided[0].contiguous(), coords, weight, bias, backend="reference")
+    torch.testing.assert_close(broadcast_conv2d(*strided, backend="torch"), wanted)
+
+
+def test_expanded_upstream_gradient():
+    """`.sum().backward()` hands down a gradient with strides of zero."""
+    sizes = dict(batch=3, latents=2, maps=2, channels=2, height=5, width=6, kernel=(3, 3), bias=True)
+    for layout in LAYOUTS:
+        options = dict(activation="relu", out_format=layout)
+        grads = [
+            torch.autograd.grad(broadcast_conv2d(*t, backend=b, **options).sum(), t)
+            for b in ("torch", "reference")
+            for t in [tensors(sizes)]
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_saves_no_activations():
+    """For the backward pass the torch form keeps what does not grow with the batch, and z."""
+    saved = []
+    layer = SpatialBroadcastConv2d(4, 16, 4, 32, 40, activation="relu", backend="torch")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = layer(torch.randn(64, 4, requires_grad=True))
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert 0 < sum(stored.values()) < out.numel() * out.element_size() / 16
+
+
+def test_autocast_gives_the_half_type_and_float32_gradients():
+    layer = SpatialBroadcastConv2d(5, 8, 4, 9, 12, activation="relu")
+    z = torch.randn(3, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(z)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert z.grad.dtype == layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), layer(z), rtol=2**-8, atol=1e-6)
+
+
+# --- module ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel, padding", [(4, "same"), ((3, 5), "same"), (3, "valid"), (3, 1)])
+def test_module_replaces_nn_conv2d(kernel, padding):
+    """Same state dict, same initialisation from the same seed, same output as the layer it replaces."""
+    torch.manual_seed(3)
+    conv = nn.Conv2d(5 + 2, 4, kernel, padding=padding)
+    torch.manual_seed(3)
+    ours = SpatialBroadcastConv2d(5, 4, kernel, 6, 9, padding=padding, activation="relu")
+    assert list(ours.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), conv.parameters(), strict=True))
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    ours.load_state_dict(conv.state_dict())
+    z = torch.randn(3, 5)
+    tiled = z[:, :, None, None].expand(-1, -1, 6, 9)
+    image = torch.cat([tiled, coordinates(6, 9).expand(3, -1, -1, -1)], 1)
+    wanted = F.relu(conv(image))
+    torch.testing.assert_close(ours(z), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(ours)(z), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_module_takes_any_coordinates_and_moves_them():
+    coords = torch.rand(4, 5, 7)
+    layer = SpatialBroadcastConv2d(3, 2, 5, 5, 7, coords=coords, coords_first=True, bias=False)
+    assert layer.weight.shape == (2, 7, 5, 5) and layer.bias is None
+    layer = layer.double()
+    z = torch.randn(2, 3, dtype=torch.float64)
+    wanted = broadcast_conv2d(
+        z, coords.double(), layer.weight, backend="reference", coords_first=True
+    )
+    torch.testing.assert_close(layer(z), wanted)
+    with pytest.raises(ValueError, match=r"coords must be \(M, 6, 7\)"):
+        SpatialBroadcastConv2d(3, 2, 5, 6, 7, coords=coords)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_and_exports_in_one_graph(layout):
+    layer = SpatialBroadcastConv2d(3, 4, 4, 6, 9, activation="relu", out_format=layout)
+    z = torch.randn(5, 3, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [
+        (out, *torch.autograd.grad(out.square().sum(), [z, layer.weight, layer.bias]))
+        for out in (layer(z), compiled(z))
+    ]
+    torch.testing.assert_close(*results)
+    assert results[0][0].stride() == results[1][0].stride()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(layer, (z.detach(),), dynamic_shapes=({0: batch},))
+    other = torch.randn(8, 3)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+# --- errors and imports ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(z=torch.zeros(2, 3, 1)), r"expected z \(B,K\)"),
+        (dict(weight=torch.zeros(4, 6, 3, 3)), r"K\+M = 3\+2 input channels"),
+        (dict(coords=torch.zeros(0, 5, 6)), "M >= 1"),
+        (dict(bias=torch.zeros(3)), r"bias must be \(4,\)"),
+        (dict(bias=torch.zeros(4).double()), "one dtype"),
+        (dict(z=torch.zeros(2, 3).long()), "floating point"),
+        (dict(padding="full"), "padding must be"),
+        (dict(padding=-1), "padding must be"),
+        (dict(padding=(1, 2, 3)), "padding must be"),
+        (dict(padding=1.5), "padding must be"),
+        (dict(activation="gelu"), "activation must be"),
+        (dict(backend="cuda"), "backend must be"),
+        (dict(out_format="nhwc"), "out_format must be"),
+        (dict(backend="triton"), "needs"),
+        (dict(z=torch.zeros(2, 3, device="meta")), "one device"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(change, message):
+    arguments = dict(
+        z=torch.zeros(2, 3), coords=torch.zeros(2, 5, 6), weight=torch.zeros(4, 5, 3, 3)
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        broadcast_conv2d(**{**arguments, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_works_without_triton_and_takes_no_cuda_context():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "layer = kernels.SpatialBroadcastConv2d(3, 4, 4, 6, 9)\n"
+        "assert layer(torch.zeros(2, 3)).shape == (2, 4, 6, 9)\n"
+        "layer.backend = 'triton'\n"
+        "try: layer(torch.zeros(2, 3))\n"
+        "except ValueError as e: print(e)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "not installed" in run.stdout
