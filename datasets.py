@@ -16,7 +16,10 @@ refused raises ValueError, FileNotFoundError, OSError or ImportError with one li
 Letters in shapes: N images, H height, W width, C channels, F factors of variation.
 """
 
+import colorsys
+import contextlib
 import errno
+import functools
 import hashlib
 import io
 import math
@@ -24,6 +27,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -34,10 +38,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gen_circles import atomic, import_pygame
+
 CHUNK_BYTES = 8 << 20  # files are read in pieces of about this size
 MAX_SMALL_BYTES = 1 << 30  # no array but the images may be larger than this
 MAX_PNG_BYTES = 16 << 20  # a raw 600 x 600 RGBA image has 1.4 MB
 CACHE_VERSION = 1  # raise it when the content of cache files changes
+CGROUP = Path("/sys/fs/cgroup")  # where a container finds its limits
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, tarfile.TarError, OSError)  # what parsers raise
 
 
@@ -189,10 +196,16 @@ def load_file(path, device="cpu", cache_dir="data", max_bytes=None):
 
     Raises FileNotFoundError, OSError (it cannot be read, no room for the cache), ImportError (no
     h5py), ValueError (its content is not what it should be), each with one line."""
-    path, device = Path(path).expanduser(), torch.device(device)
+    path, device = Path(path), torch.device(device)
+    where = f"{path}: "
     try:
+        path = path.expanduser()
         if not path.exists():
-            raise FileNotFoundError("no such file or folder")
+            where = ""  # as likely a mistyped name, which who asked for it knows
+            raise FileNotFoundError("no such file or folder; names are sprites, objects, chairs, "
+                                    "circles-{xy,xh,rg,xyh-small,xyh-tiny}")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError("neither a file nor a folder")  # to open a pipe could take for ever
         if max_bytes is None:
             max_bytes = free_memory(device) // 2
         if path.is_dir() or path.suffix == ".tar":
@@ -214,7 +227,7 @@ def load_file(path, device="cpu", cache_dir="data", max_bytes=None):
             kind = ValueError
             if isinstance(error, DAMAGE):
                 text = f"incomplete or damaged, was the download cut short? ({text})"
-        raise kind(" ".join(f"{path}: {text}".split())) from error
+        raise kind(" ".join(f"{where}{text}".split())) from error
 
 
 def find_chairs(data_dir="data"):
@@ -229,14 +242,22 @@ def find_chairs(data_dir="data"):
 
 
 def free_memory(device):
-    """Bytes of memory that are free on a device, or on the host where `device` is no GPU."""
+    """Bytes of memory that are free on a device, or on the host where `device` is no GPU.
+
+    In a container: at most what is left of its limit (cgroup v2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable"))
+            free = next(int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 8 << 30  # not Linux: `max_bytes` can tell better
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroups, or no limit: "max"
+        limit, used = (int((CGROUP / f"memory.{key}").read_text()) for key in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["inactive_file"])  # cached files, which make way when memory is asked for
+        free = min(free, max(limit - used, 0))
+    return free
 
 
 def _pieces(n, step):
@@ -265,6 +286,9 @@ def _check_images(key, shape, fortran, dtype):
         raise ValueError(f"`{key}` must be uint8 in 0..255, is {dtype}: save {mend}")
     if len(shape) not in (3, 4):
         raise ValueError(f"`{key}` must be (N, H, W) or (N, H, W, C), is {shape}")
+    if len(shape) == 3 and shape[-1] <= 4:  # gray images of 4 columns, or one colored image?
+        raise ValueError(f"`{key}` {shape} looks like a single image (H, W, C): save {key}[None]; if "
+                         f"it is many gray ones, {key}[..., None]")
     n, height, width, channels = shape if len(shape) == 4 else (*shape, 1)
     if not 1 <= channels <= 4:
         mend = f": save np.moveaxis({key}, 1, -1)" if 1 <= height <= 4 else ""
@@ -316,6 +340,9 @@ def _load_npz(path, device, cache_dir, max_bytes, name=None):
         keys = {entry.removesuffix(".npy") for entry in archive.namelist()}
         if "images" not in keys and "imgs" in keys:
             return _load_dsprites(archive, keys, device)
+        if {"coverage", "centers"} <= keys:
+            raise ValueError("holds circles of gen_circles.py: ask for them by name, as in "
+                             "--dataset circles-xy, not by file")
         if "images" not in keys:
             raise ValueError(f"has no `images`; it has {sorted(keys)[:10]}")
         stream, *header = _open_array(archive, "images")
@@ -335,11 +362,9 @@ def _load_npz(path, device, cache_dir, max_bytes, name=None):
         elif archive.getinfo("images.npy").compress_type == zipfile.ZIP_STORED:
             rows = _map_rows(path, archive.getinfo("images.npy"), stream.tell(), shape)
         else:  # compressed and too large: keep a plain copy, which can be mapped
-            cache, stamp = _cache(path, cache_dir)
-            if not _is_current(cache, stamp):
-                more = {} if factors is None else {"factors": factors, "factor_names": names}
-                _write_npz(cache, shape, _read_rows(stream, shape), source=stamp, **more)
-            return _load_npz(cache, device, cache_dir, max_bytes, name or path.stem)
+            more = {} if factors is None else {"factors": factors, "factor_names": names}
+            return _load_cached(path, device, cache_dir, max_bytes, name or path.stem,
+                                lambda: (shape, _read_rows(stream, shape), more))
     return ArrayDataset(name or path.stem, rows, shape, device, factors, names)
 
 
@@ -446,6 +471,21 @@ def _cache(path, cache_dir, files=None):
     return cache_dir / f"{path.resolve().stem}-{key}.npz", stamp
 
 
+def _load_cached(path, device, cache_dir, max_bytes, name, make, files=None):
+    """The data set in the cache of `path`. Where it is missing, old or damaged, `make()` →
+    (shape, chunks, other arrays) gives what to write there first."""
+    cache, stamp = _cache(path, cache_dir, files)
+    if _is_current(cache, stamp):
+        try:
+            return _load_npz(cache, device, cache_dir, max_bytes, name)
+        except (ValueError, NotImplementedError, *DAMAGE):
+            cache.unlink(missing_ok=True)  # it is damaged, not the user's file: make it again, once
+    shape, chunks, arrays = make()
+    _write_npz(cache, shape, chunks, source=stamp, **arrays)
+    del chunks  # the chairs' are all in memory
+    return _load_npz(cache, device, cache_dir, max_bytes, name)
+
+
 def _is_current(cache, stamp):
     try:
         with zipfile.ZipFile(cache) as archive:
@@ -461,20 +501,15 @@ def _write_npz(path, shape, chunks, **arrays):
     if size > free:
         text = f"the cache {path} takes {size} bytes, but only {free} are free there"
         raise OSError(errno.ENOSPC, text)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("images.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                for _, _, chunk in chunks:
-                    member.write(chunk)
-            for key, value in arrays.items():
-                with archive.open(f"{key}.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for _, _, chunk in chunks:
+                member.write(chunk)
+        for key, value in arrays.items():
+            with archive.open(f"{key}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -512,16 +547,15 @@ def _load_3dshapes(path, device, cache_dir, max_bytes):
         if math.prod(shape) <= max_bytes:
             rows = _fill(chunks, shape, device)
             return ArrayDataset("3dshapes", rows, shape, device, factors, names)
-        cache, stamp = _cache(path, cache_dir)
-        if not _is_current(cache, stamp):
-            _write_npz(cache, shape, chunks, source=stamp, factors=factors, factor_names=names)
-    return _load_npz(cache, device, cache_dir, max_bytes, "3dshapes")
+        return _load_cached(path, device, cache_dir, max_bytes, "3dshapes",
+                            lambda: (shape, chunks, {"factors": factors, "factor_names": names}))
 
 
 # ---------------------------------------------------------------------------------------------
 # Chairs: 1,393 models x 62 views = 86,366 PNG images of 600 x 600 on white (Aubry et al., 2014)
 # ---------------------------------------------------------------------------------------------
 
+CHAIRS = 86_366  # images in the official archive
 CHAIR = re.compile(r"(?:.*/)?([^/]+)/renders/image_(\d+)_p(\d+)_t(\d+)_r\d+\.png")
 
 
@@ -535,23 +569,25 @@ def _load_chairs(path, device, cache_dir, max_bytes):
         files = [file for _, file, _, _ in members]
     else:
         members, files = None, [path]
-    cache, stamp = _cache(path, cache_dir, files)
-    if not _is_current(cache, stamp):
-        if members is None:
-            members = _list_tar(path)
+
+    def make():
         # Sorted by name, that is by model, elevation, azimuth: a tar and its folder agree.
-        found = sorted((m.groups(), member) for member in members
+        found = sorted((m.groups(), member) for member in (_list_tar(path) if members is None else members)
                        if (m := CHAIR.fullmatch(member[0].replace(os.sep, "/"))))
         if not found:
             raise ValueError("holds no <model>/renders/image_*_p*_t*_r*.png of the chairs")
         ids = {model: i for i, model in enumerate(sorted({m[0] for m, _ in found}))}
         factors = np.array([(ids[m], int(p), int(t)) for (m, _, p, t), _ in found], np.int32)
-        # All in memory before a file is begun: a pass that is killed leaves nothing behind.
+        # All in memory before a file is begun: whoever is killed in these minutes leaves nothing
+        # behind. Killed in the second of writing it leaves a .tmp, which the next time overwrites.
         images = _read_chairs([member for _, member in found])
         names = ("model", "elevation", "azimuth")
-        _write_npz(cache, images.shape, [(0, len(images), images)], source=stamp,
-                   factors=factors, factor_names=names)
-    return _load_npz(cache, device, cache_dir, max_bytes, "chairs")
+        return images.shape, [(0, len(images), images)], {"factors": factors, "factor_names": names}
+
+    dataset = _load_cached(path, device, cache_dir, max_bytes, "chairs", make, files)
+    if dataset.size < CHAIRS:
+        print(f"{path}: found {dataset.size:,} of the {CHAIRS:,} images of chairs", file=sys.stderr)
+    return dataset
 
 
 def _list_tar(path):
@@ -581,6 +617,7 @@ def _list_tar(path):
 
 def _read_chairs(members):
     """The images of these members, in order → (N, 64, 64) uint8."""
+    import_pygame()  # here, before the threads start
     images = np.empty((len(members), 64, 64), np.uint8)
     weights = area_weights(600, 64)
     # Threads: pygame and numpy let go of the interpreter's lock while they work. In blocks, so
@@ -594,7 +631,6 @@ def _read_chairs(members):
 
 def _read_chair(member, weights):
     """One PNG of 600 x 600 → (64, 64) uint8."""
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     import pygame
 
     name, path, offset, size = member
@@ -627,9 +663,9 @@ def _check_png(png):
         raise ValueError("not a PNG image")
     position, kind = 8, b""
     while kind != b"IEND":  # chunks: length, kind, data, checksum of kind and data
-        end = position + 8 + int.from_bytes(png[position : position + 4])
+        end = position + 8 + int.from_bytes(png[position : position + 4], "big")
         chunk, check = png[position + 4 : end], png[end : end + 4]
-        if len(check) < 4 or zlib.crc32(chunk) != int.from_bytes(check):
+        if len(check) < 4 or zlib.crc32(chunk) != int.from_bytes(check, "big"):
             raise ValueError("the PNG image is cut short or damaged")
         kind, position = chunk[:4], end + 4
     width, height = struct.unpack(">II", png[16:24])
@@ -646,3 +682,279 @@ def area_weights(size, smaller):
     start = np.arange(smaller)[:, None] * step
     covered = np.minimum(left + 1, start + step) - np.maximum(left, start)
     return (covered.clip(0) / step).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3D Object-in-Room, drawn (Kim & Mnih, 2018; appendix A.3 of the paper)
+#
+# The official 480,000 images are a grid over six factors, and no picture needs more than a few
+# rays against planes, a box, a cylinder and spheres. What follows is a look-alike of them: camera,
+# room, lights and shapes were fitted to published pictures. Mean absolute differences, in [0, 1]:
+# from 53 frames of the published gif 0.008 (worst frame 0.014), from 50 frames of the published
+# notebook, whose colors are truer, 0.023 (worst 0.031). It is not the official file bit by bit
+# (which `load_file` reads).
+#
+# Lengths are in heights of the camera above the floor. x runs to the right along the back wall,
+# y up from the floor, z into the room; the object stands at (0, 0, 0). The camera circles the axis
+# x = z = 0 and looks horizontally at it, the lamp hangs still. What a ray meets does not depend on
+# hues: we trace once for each of the 8 x 4 x 15 scales, shapes and orientations, and paint all
+# images from the result. The paper tells the factors and their numbers; all else is measured.
+# ---------------------------------------------------------------------------------------------
+
+SAMPLES = 3  # rays per pixel are SAMPLES x SAMPLES, averaged: anti-aliasing
+FOCAL, HORIZON = 71.0, 32.30  # pixels; the horizon counted from the top edge of the image
+ORBIT = 3.51  # from the axis to the camera
+WALL_X, WALL_Z, WALL_HEIGHT = 4.88, 5.0, 2.75  # axis to side walls, to back wall; floor to top
+SCALES = [0.75 + 0.5 * k / 7 for k in range(8)]  # of the object
+ANGLES = [-30 + 60 * k / 14 for k in range(15)]  # degrees; at positive ones the camera is at x > 0
+# Shapes at scale 1: half width (radius), half height. Order of the official file.
+CUBE, CYLINDER, SPHERE, CAPSULE = range(4)
+EXTENT = {CUBE: (0.476, 0.476), CYLINDER: (0.529, 0.506), SPHERE: (0.574, 0.574),
+          CAPSULE: (0.438, 0.880)}
+SKY = (153 / 255, 226 / 255, 249 / 255)
+LAMP = (-2.06, 10.05, 0.83)  # a spotlight that shines straight down: cos(angle)^FALLOFF
+FALLOFF = 10
+# A hue's brightness: everywhere, + from a light that shines along the camera's axis, + from the
+# lamp. Above 1 it saturates, as in the official images. Walls and floor have a faint texture.
+AMBIENT, FRONT, SPOT = 0.358, 0.592, 1.011
+GLOSS = 0.114  # white, added wherever the object faces the lamp, whatever the angle
+
+
+def draw_objects(factors):
+    """3D Object-in-Room: factor classes (N, 6) → images (N, 64, 64, 3) float32 in [0, 1].
+
+    factors: integer tensor; its columns, in the order of the official file, are floor hue, wall
+        hue, object hue (10 classes each: hue k/10 at full saturation and value), scale (8, of
+        0.75 to 1.25), shape (4: cube, cylinder, sphere, capsule) and orientation (15, of -30 to
+        30 degrees). The images are on its device; height, width, RGB is the order of the file.
+
+    The first call on a device traces the rays (some seconds, 63 MB kept); each further one only
+    paints. ValueError for a wrong dtype or shape, or on the CPU for a class out of range.
+
+    The paper speaks of "a continuous set of hues in [0, 0.9]", and of 480,000 images with 10 hues
+    for each part: these are the 10 of the official file, 0, 0.1, ... 0.9."""
+    check_classes(factors, Objects.factor_sizes)
+    return _paint(factors.long()).permute(0, 2, 3, 1)
+
+
+class Objects:
+    """3D Object-in-Room, drawn on the device: see `draw_objects`. No file, no download."""
+
+    name, size, channels, height, width = "objects", 480_000, 3, 64, 64
+    on_device = True  # `sample` never waits for the host
+    factor_names = ("floor hue", "wall hue", "object hue", "scale", "shape", "orientation")
+    factor_sizes = (10, 10, 10, 8, 4, 15)
+
+    def __init__(self, device="cpu"):
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        _object_tables(self.device)  # now, so that `sample` can be captured in a CUDA graph
+
+    def __len__(self):
+        return self.size
+
+    def draw(self, factors):
+        """Integer factor classes (N, 6) → (N, 3, 64, 64) float32 in [0, 1]."""
+        check_classes(factors, self.factor_sizes)
+        return _paint(factors.to(self.device, torch.int64))
+
+    def sample(self, n, generator):
+        """n images drawn uniformly from the grid, with replacement → (n, 3, 64, 64) float32.
+
+        generator: a torch.Generator on the data set's device; nothing else is random here."""
+        columns = [torch.randint(size, (n,), generator=generator, device=self.device)
+                   for size in self.factor_sizes]
+        return self.draw(torch.stack(columns, 1))
+
+
+def _paint(factors):
+    """Valid factor classes (N, 6) int64 → (N, 3, 64, 64) float32 in [0, 1]."""
+    if len(factors) > 32 and factors.device.type == "cpu":  # what stays in the cache is faster
+        return torch.cat([_paint(block) for block in factors.split(32)])
+    maps, hues, sky = _object_tables(factors.device)
+    scale, shape, orientation = factors[:, 3:].unbind(1)
+    maps = maps[(scale * 4 + shape) * 15 + orientation]  # (N, 8, 64, 64)
+    image = maps[:, :1] * sky  # (N, 3, 64, 64)
+    for share, column in ((1, 1), (3, 0), (5, 2)):  # wall, floor, object
+        color = hues[factors[:, column]][:, :, None, None] * maps[:, share + 1, None]
+        if column == 2:
+            color += maps[:, 7:]  # gloss
+        image += torch.minimum(color, maps[:, share, None])
+    return image
+
+
+@functools.cache
+def _object_tables(device):
+    """maps (480, 8, 64, 64), the 10 hues as RGB (10, 3), and the sky (3, 1, 1), on the device.
+
+    maps hold per pixel: 0 the share of it that is sky; 1 the share that is wall, 2 the mean
+    brightness there x share; 3, 4 the same for the floor; 5, 6 for the object; 7 the gloss on it.
+    A pixel is sky · share + Σ_part min(hue · brightness (+ gloss), share): parts saturate."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small steps: on a busy machine threads wait for one another
+    try:
+        rooms = [_Room(angle) for angle in ANGLES]
+        maps = torch.stack([_trace(room, shape, scale)
+                            for scale in SCALES for shape in range(4) for room in rooms])
+    finally:
+        torch.set_num_threads(threads)
+    hues = torch.tensor([colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)])
+    sky = torch.tensor(SKY)[:, None, None]
+    return tuple(table.to(device, torch.float32) for table in (maps, hues, sky))
+
+
+class _Room:
+    """The empty room as seen at one orientation, by P = (64 · SAMPLES)² rays in rows."""
+
+    def __init__(self, angle):
+        sin, cos = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+        grid = (torch.arange(64 * SAMPLES) + 0.5) / SAMPLES
+        right, up = (grid - 32) / FOCAL, (HORIZON - grid[:, None]) / FOCAL
+        x, y, z = torch.broadcast_tensors(cos * right - sin, up, sin * right + cos)
+        self.axis = _column(-sin, 0, cos)  # where the camera looks
+        self.origin = _column(0, 1, 0) - ORBIT * self.axis  # (3, 1)
+        self.ray = torch.stack([x, y, z]).flatten(1)  # (3, P)
+        x, y, z = self.ray
+        # A ray ends at one of the walls, unless it meets the floor before.
+        to_x = (x.sign() * WALL_X - self.origin[0]) / x
+        to_z = (z.sign() * WALL_Z - self.origin[2]) / z
+        to_floor = torch.where(y < 0, -1 / y, torch.inf)
+        self.distance = torch.minimum(torch.minimum(to_x, to_z), to_floor)  # in lengths of `ray`
+        self.point = self.origin + self.distance * self.ray
+        self.is_floor = self.distance == to_floor
+        self.is_wall = ~self.is_floor & (self.point[1] < WALL_HEIGHT)
+        side = ~self.is_floor & (to_x < to_z)
+        back = ~self.is_floor & ~side
+        normal = torch.stack([-x.sign() * side, self.is_floor.float(), -z.sign() * back])
+        head_on, facing, lamp = _shine(self.point, normal, self.axis)
+        # Walls and floor have the same faint pattern; `along` runs to the right on each wall.
+        along = torch.where(side, -x.sign() * self.point[2], self.point[0])
+        along = torch.where(self.is_floor, self.point[2], along)
+        height = torch.where(self.is_floor, self.point[0], self.point[1])
+        pattern = _pattern(along, height, self.is_wall)
+        self.light = (AMBIENT + FRONT * head_on + SPOT * lamp) * pattern
+        self.shadow = (AMBIENT + FRONT * head_on) * pattern
+
+
+def _trace(room, shape, scale):
+    """Put the object into the room → (8, 64, 64), see `_object_tables`."""
+    t, normal = _meet(shape, scale, room.origin, room.ray)
+    is_object = t < room.distance
+    is_floor, is_wall = room.is_floor & ~is_object, room.is_wall & ~is_object
+    # The floor alone is in shadow: shapes are convex, and the lamp is above the walls, inside.
+    lamp, room_light = _column(*LAMP), room.light.clone()
+    reached, _ = _meet(shape, scale, lamp, room.point[:, is_floor] - lamp)
+    room_light[is_floor] = torch.where(reached < 1, room.shadow[is_floor], room.light[is_floor])
+    point = room.origin + t[is_object] * room.ray[:, is_object]
+    head_on, facing, spot = _shine(point, normal[:, is_object], room.axis)
+    light, gloss = torch.zeros_like(t), torch.zeros_like(t)
+    light[is_object] = AMBIENT + FRONT * head_on + SPOT * spot
+    # Where the lamp's side ends, the official pictures fade within a few degrees.
+    gloss[is_object] = GLOSS * (facing * 18 + 0.8).clamp(0, 1)
+    is_sky = ~(is_wall | is_floor | is_object)
+    layers = torch.stack([is_sky, is_wall, is_wall * room_light, is_floor, is_floor * room_light,
+                          is_object, light, gloss])
+    layers = layers.unflatten(1, (64 * SAMPLES, 64 * SAMPLES))
+    return torch.nn.functional.avg_pool2d(layers, SAMPLES)
+
+
+def _column(x, y, z):
+    return torch.tensor([[x], [y], [z]], dtype=torch.float32)
+
+
+def _shine(point, normal, axis):
+    """Points and normals (3, P) → how bright each light is there, (P,) each.
+
+    head_on: the camera's own light. facing: the cosine under which the lamp is seen, negative
+    behind. lamp: its light where nothing blocks it."""
+    to_lamp = _column(*LAMP) - point
+    to_lamp = to_lamp / to_lamp.norm(dim=0)
+    head_on, facing = -(normal * axis).sum(0), (normal * to_lamp).sum(0)
+    return head_on.clamp(min=0), facing, facing.clamp(min=0) * to_lamp[1] ** FALLOFF
+
+
+def _meet(shape, scale, origin, ray):
+    """Where origin + t · ray enters the object → t (inf where it misses) and the normal there."""
+    radius, half = (scale * length for length in EXTENT[shape])
+    center = _column(0, half, 0)
+    if shape == CUBE:  # inside of three slabs at once
+        near = (-ray.sign() * radius - (origin - center)) / ray
+        far = (ray.sign() * radius - (origin - center)) / ray
+        t, side = near.max(0)
+        normal = -ray.sign() * (side == _column(0, 1, 2))
+        return torch.where(t < far.amin(0), t, torch.inf), normal
+    # The round ones are a cylinder along y, closed by a disc, or by half spheres. A sphere is one
+    # without a cylinder in between. The bottom of a cylinder is never seen.
+    flat = _column(1, 0, 1)
+    body = half if shape == CYLINDER else half - radius
+    t = _solve((origin - center) * flat, ray * flat, radius)
+    t = torch.where((origin[1] + t * ray[1] - half).abs() <= body, t, torch.inf)
+    normal = (origin + t * ray) * flat / radius
+    if shape == CYLINDER:
+        lid = (2 * half - origin[1]) / ray[1]
+        inside = (((origin + lid * ray) * flat) ** 2).sum(0) < radius**2
+        cap = [(torch.where(inside, lid, torch.inf), _column(0, 1, 0))]
+    else:
+        cap = []
+        for height in (radius, 2 * half - radius):
+            offset = origin - _column(0, height, 0)
+            there = _solve(offset, ray, radius)
+            cap.append((there, (offset + there * ray) / radius))
+    for there, its_normal in cap:
+        normal = torch.where(there < t, its_normal, normal)
+        t = torch.minimum(t, there)
+    return t, normal
+
+
+def _solve(offset, ray, radius):
+    """The smaller t with |offset + t · ray| = radius, inf if there is none."""
+    a, b = (ray * ray).sum(0), (offset * ray).sum(0)
+    square = b * b - a * ((offset * offset).sum(0) - radius**2)
+    return torch.where(square > 0, -(b + square.clamp(min=0).sqrt()) / a, torch.inf)
+
+
+def _pattern(along, height, is_wall):
+    """Brightness of the texture, about 1: hexagons of 2 %, and on walls a darker patch per tile."""
+    k = 2 * math.pi * 1.82
+    hexagons = (2 * k * along).cos() + 2 * (k * along).cos() * (1.63 * k * (height - 0.05)).cos()
+    a = (along - 0.28 + WALL_HEIGHT / 2) % WALL_HEIGHT - WALL_HEIGHT / 2  # a tile is a square
+    b = height - 1.37
+    patch = 1 - ((0.6 * a - 0.8 * b) / 0.72) ** 2 - ((0.8 * a + 0.6 * b) / 0.30) ** 2
+    return 0.983 + 0.008 * hexagons - 0.045 * is_wall * (2 * patch).clamp(0, 1)
+
+
+def preview(path):
+    """Writes a picture of 3D Object-in-Room: a row for each factor, the others fixed."""
+    from matplotlib.figure import Figure  # not pyplot: opens no window
+
+    data, base = Objects(), torch.tensor([0, 6, 3, 5, 0, 3])
+    figure = Figure(figsize=(13, 5), dpi=100)
+    rows = figure.subplots(len(base), max(data.factor_sizes), gridspec_kw=dict(wspace=0.03, hspace=0.03))
+    for axes in rows.flat:
+        axes.set_axis_off()
+    for column, (name, row) in enumerate(zip(data.factor_names, rows, strict=True)):
+        factors = base.repeat(data.factor_sizes[column], 1)
+        factors[:, column] = torch.arange(len(factors))
+        for axes, image in zip(row, data.draw(factors), strict=False):
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        row[0].text(-8, 32, name, ha="right", va="center")
+    with atomic(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
+
+
+def main(argv):
+    if len(argv) != 1:
+        print("error: give the picture of 3D Object-in-Room to draw: python datasets.py PICTURE.png", file=sys.stderr)
+        return 2
+    try:
+        preview(argv[0])
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":  # python datasets.py results/objects.png
+    sys.exit(main(sys.argv[1:]))

@@ -33,6 +33,7 @@ and `images("data/circles-xy.npz", range(16))` returns images from it, (16, 64, 
 """
 
 import argparse
+import fcntl
 import os
 import sys
 import time
@@ -108,6 +109,18 @@ def radius_of(name):
     return round(TABLE_3[split_name(name)[0]]["size"] * FRAME * SCALE / 2)
 
 
+def import_pygame():
+    """The module, without its greeting. ImportError with the line that mends it."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyGame's, about setuptools
+            import pygame
+    except ImportError as error:
+        raise ImportError(f"PyGame is needed here: pip install pygame ({error})") from error
+    return pygame
+
+
 def draw_disc(radius, center, side):
     """A circle drawn by PyGame, without a display, at (center, center): (side, side) uint8, 0 or 1.
 
@@ -116,12 +129,7 @@ def draw_disc(radius, center, side):
     exactly symmetric about it; a little in area, below pi r^2 by 1.3% for circles-xy, 0.7% xh,
     0.5% rg, 3.0% xyh-small and 2.7% xyh-tiny. The paper's circles came from PyGame: we keep that.
     """
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # PyGame's, about setuptools
-            import pygame
-    except ImportError as error:
-        raise ImportError(f"drawing circles needs PyGame: pip install pygame ({error})") from error
+    pygame = import_pygame()
     surface = pygame.Surface((side, side), depth=32)
     surface.fill((0, 0, 0))
     pygame.draw.circle(surface, (255, 255, 255), (center, center), radius)
@@ -214,43 +222,69 @@ def file_path(name, out="data"):
 
 def read(path):
     """A circles file as a dict: arrays, name, num, seed. ValueError if it is damaged or no such."""
-    keys = ("coverage", "centers", "colors", "factors", "factor_names", "blank")
+    names, found, expected, arrays = (), {}, None, {}
     with open(path, "rb") as file:
         try:
             with np.load(file, allow_pickle=False) as npz:
-                arrays = {key: npz[key] for key in keys}
-                about = [npz[key].item() for key in ("name", "num", "seed", "version")]
+                name, num, seed, version = (
+                    read_scalar(npz, key) for key in ("name", "num", "seed", "version")
+                )
+                if version == VERSION:
+                    names = tuple(factor_ranges(name))
+                    expected = layout(name, num)
+                    found = {key: read_header(npz, key) for key in expected}
+                if found == expected:  # only now are they inflated: their sizes are as they should
+                    arrays = {key: npz[key] for key in expected}
         except Exception as error:  # a damaged zip raises about ten different things
             raise ValueError(
                 f"{path} is damaged or not written by gen_circles.py ({type(error).__name__})"
             ) from error
-    name, num, seed, version = about
     if version != VERSION:
         raise ValueError(f"{path} is of version {version} of gen_circles.py, this is {VERSION}")
-    names = tuple(factor_ranges(name))
-    side = 2 * radius_of(name) + 6
-    expected = dict(
-        coverage=(np.uint8, (side, side)), centers=(np.int16, (num, 2)),
-        colors=(np.uint8, (num, 3)), factors=(np.float32, (num, len(names))),
-        factor_names=(np.str_, (len(names),)), blank=(np.bool_, (num,)),
-    )  # fmt: skip
-    found = {key: (array.dtype.type, array.shape) for key, array in arrays.items()}
-    if found != expected or tuple(arrays["factor_names"]) != names:
+    if not arrays or tuple(arrays["factor_names"]) != names:
         raise ValueError(f"{path} is damaged: its arrays don't fit each other")
+    if arrays["coverage"].max() > SCALE * SCALE:
+        raise ValueError(f"{path} is damaged: its coverage goes beyond {SCALE * SCALE}")
     return dict(arrays, name=name, num=num, seed=seed)
 
 
-def stale(path, name, num, seed):
-    """None when the file holds this data set, otherwise one line saying why it doesn't."""
+def layout(name, num):
+    """{key: (dtype, shape)} of the arrays of a file."""
+    side, names = 2 * radius_of(name) + 6, np.array(list(factor_ranges(name)))
+    return dict(
+        coverage=(np.dtype(np.uint8), (side, side)), centers=(np.dtype(np.int16), (num, 2)),
+        colors=(np.dtype(np.uint8), (num, 3)), factors=(np.dtype(np.float32), (num, len(names))),
+        factor_names=(names.dtype, names.shape), blank=(np.dtype(np.bool_), (num,)),
+    )  # fmt: skip
+
+
+def read_header(npz, key):
+    """(dtype, shape) of an array of an open .npz, without its values."""
+    with npz.zip.open(f"{key}.npy") as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{key} has an unknown header")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    return dtype, shape
+
+
+def read_scalar(npz, key):
+    dtype, shape = read_header(npz, key)
+    if shape != () or dtype.itemsize > 1000:
+        raise ValueError(f"{key} is not one value")
+    return npz[key].item()
+
+
+def look(path, name, num, seed):
+    """(arrays, None) when the file holds this data set, otherwise (None, why it doesn't)."""
     if not Path(path).exists():
-        return f"{path} does not exist yet"
+        return None, f"{path} does not exist yet"
     try:
         found = read(path)
     except ValueError as error:
-        return str(error)
+        return None, str(error)
     if (found["name"], found["num"], found["seed"]) == (name, num, seed):
-        return None
-    return f"{path} holds {found['name']} with num {found['num']}, seed {found['seed']}"
+        return found, None
+    return None, f"{path} holds {found['name']} with num {found['num']}, seed {found['seed']}"
 
 
 def generate(name, num=500_000, seed=0, out="data", progress=True):
@@ -261,14 +295,19 @@ def generate(name, num=500_000, seed=0, out="data", progress=True):
     `progress` says on stderr why it is drawn, with a bar. Raises ValueError for a bad name, num or
     seed, ImportError without PyGame, OSError when the file can't be written.
     """
+    return obtain(name, num, seed, out, progress)[0]
+
+
+def obtain(name, num, seed, out, progress=True):
+    """As `generate`, which see -> (path, the arrays in the file as `read` gives them)."""
     path = file_path(name, out)
     if not (isinstance(num, (int, np.integer)) and 1 <= num <= 10**8):
         raise ValueError(f"num must be a whole number from 1 to 100,000,000, not {num!r}")
     if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**63):
         raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
-    reason = stale(path, name, num, seed)
-    if reason is None:
-        return path
+    arrays, reason = look(path, name, num, seed)
+    if arrays is not None:
+        return path, arrays
     if progress:
         print(f"{reason}: drawing it", file=sys.stderr)
     coverage = draw_coverage(name)
@@ -282,26 +321,45 @@ def generate(name, num=500_000, seed=0, out="data", progress=True):
             parts.append(draw_rows(name, start, stop, seed))
             bar.update(stop - start)
     rows = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    arrays = dict(
+        coverage=coverage, **rows, factor_names=np.array(list(factor_ranges(name))),
+        name=name, num=int(num), seed=int(seed),
+    )  # fmt: skip
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as file:  # 16-20 bytes an image: not worth compressing
-        np.savez(
-            file, coverage=coverage, **rows, factor_names=np.array(list(factor_ranges(name))),
-            name=np.array(name), num=num, seed=seed, version=VERSION,
-        )  # fmt: skip
-    return path
+        np.savez(file, **arrays, version=VERSION)
+    return path, arrays
 
 
 @contextmanager
 def atomic(path):
-    """A file to write to, which takes the name `path` when all went well and else vanishes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A file to write to, which takes the name `path` when all went well and else vanishes.
+
+    Meanwhile it is `.{name}.tmp`. What a killed process leaves there the next one overwrites; a
+    process that finds another one at work there waits for it, then writes its own.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    keep = lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)  # it may be another one's
+    while True:
+        with open(temporary, "wb", opener=keep) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, or we die
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), os.stat(temporary))
+            except FileNotFoundError:
+                ours = False
+            if not ours:  # while we waited its writer gave it the final name, or removed it
+                continue
+            try:
+                file.truncate(0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a power cut must not leave the name without the content
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
 
 
 def images(path, indices=slice(None)):
@@ -331,9 +389,11 @@ class Circles:
     factor_names (F,), factor_ranges (F,) of (lowest, highest), factor_sizes (F,) of BINS;
     hole        bounds of the first two factors in the held-out quarter, or None
     blank       the black image (3, FRAME, FRAME) of a `:blank` set, or None
+    device      where `sample` and `draw` put what they return; on_device: the data lies there too
     """
 
     channels, height, width = 3, FRAME, FRAME
+    on_device = True
 
     def __init__(self, arrays, device="cpu"):
         self.name, self.size = arrays["name"], arrays["num"]
@@ -353,6 +413,9 @@ class Circles:
         black = torch.zeros(self.channels, self.height, self.width, device=self.device)
         self.blank = black if self.name.endswith(":blank") else None
 
+    def __len__(self):
+        return self.size
+
     def sample(self, n, generator):
         """n images of the set, with replacement -> (n, 3, FRAME, FRAME) float32 in [0, 1].
 
@@ -366,7 +429,7 @@ class Circles:
         self._check(classes, "classes", not (classes.is_floating_point() or classes.is_complex()))
         if classes.device.type == "cpu" and ((classes < 0) | (classes >= BINS)).any():
             raise ValueError(f"classes must be in 0..{BINS - 1}")
-        return self.lowest + (classes + 0.5) * ((self.highest - self.lowest) / BINS)
+        return self.lowest + (classes.to(self.device) + 0.5) * ((self.highest - self.lowest) / BINS)
 
     def draw_values(self, values):
         """Factors (N, F) float in Table 3's units -> (N, 3, FRAME, FRAME) float32 in [0, 1].
@@ -377,7 +440,7 @@ class Circles:
         self._check(values, "values", values.is_floating_point())
         if values.device.type == "cpu" and not ((values >= 0) & (values <= 1)).all():
             raise ValueError("values must be in [0, 1]: positions, hues and colours are shares")
-        return expand(self.coverage, *place(self.name, values.to(torch.float32)))
+        return expand(self.coverage, *place(self.name, values.to(self.device, torch.float32)))
 
     def draw(self, classes):
         """Classes (N, F) integer in 0..BINS-1 -> (N, 3, FRAME, FRAME) float32 in [0, 1]."""
@@ -414,11 +477,7 @@ class Circles:
 
 def load(name, device="cpu", data_dir="data", num=500_000, seed=0):
     """A data set as `Circles` on a device. Its file is drawn first where `generate` would do so."""
-    path = generate(name, num, seed, data_dir)
-    arrays = read(path)
-    if (arrays["name"], arrays["num"], arrays["seed"]) != (name, num, seed):
-        raise ValueError(f"{path} was replaced meanwhile by another program: use separate folders")
-    return Circles(arrays, device)
+    return Circles(obtain(name, num, seed, data_dir)[1], device)
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -460,9 +519,14 @@ def preview(path):
     return picture
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line like every other error, without the usage
+        self.exit(2, f"error: {message}\n")
+
+
 def main(argv=None):
     variants = ", ".join(f":{variant}" for variant in (*HOLES, "blank"))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", help=f"{', '.join(TABLE_3)}; after it nothing or one of {variants}")
     parser.add_argument("--num", type=int, default=500_000, help="number of images (500000, A.3)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
@@ -479,6 +543,9 @@ def main(argv=None):
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

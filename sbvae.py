@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ class Config:
 
 GROUPS = {"dataset": "model and data", "latents": "architecture", "steps": "training", "device": "machine",
           "out": "run folder"}  # headings of --help, by their first flag
-FREE_ON_RESUME = ("resume", "out", "steps", "log_every", "save_every")  # the others would change the numbers
+FREE_ON_RESUME = ("resume", "steps", "log_every", "save_every")  # the others would change the numbers
 
 
 def flag(name):
@@ -105,17 +106,26 @@ def flag(name):
 
 
 def family(dataset: str | None) -> str:
-    """Which of the paper's data sets a name or a file stands for, as defaults depend on it."""
-    path = Path(dataset or "sprites")
-    files = {".h5": "objects", ".hdf5": "objects", ".tar": "chairs"}
-    name = files.get(path.suffix, "chairs" if path.is_dir() else path.stem)
-    return next((f for f in ("sprites", "objects", "chairs", "circles") if f in name), "other")
+    """Which of the paper's data sets a name, or an official file, stands for: defaults depend on it."""
+    name = dataset or "sprites"
+    if name in ("sprites", "objects", "chairs") or name.startswith("circles-"):
+        return name.split("-")[0]
+    official = {"dsprites": "sprites", "3dshapes": "objects", "rendered_chairs": "chairs"}
+    return next((f for start, f in official.items() if Path(name).name.startswith(start)), "other")
 
 
 def resolve(config: Config) -> Config:
     """A copy with every None replaced by the paper's value (Tables 1 to 4). Raises InputError for values and
     combinations that make no sense."""
     c = dataclasses.replace(config)
+    for f in dataclasses.fields(c):  # types first: the rest compares
+        value, kind = getattr(c, f.name), f.metadata.get("kind")
+        if isinstance(value, os.PathLike):
+            setattr(c, f.name, os.fspath(value))
+        elif value is not None and kind and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise InputError(f"{flag(f.name)} must be a {kind.__name__}, not {value!r}")
+    if c.image_shape is not None and (len(c.image_shape) != 3 or min(c.image_shape) < 1):
+        raise InputError(f"image_shape must be [channels, height, width], not {c.image_shape}")
     data, factor, broadcast = family(c.dataset), c.model == "factorvae", c.decoder in (None, "broadcast")
     cuda = torch.cuda.is_available() if c.device is None else c.device.startswith("cuda")
     # Table 4 has no FactorVAE on chairs and objects: as many steps as the VAE there (ours 12).
@@ -135,12 +145,11 @@ def resolve(config: Config) -> Config:
             continue
         if meta["choices"] and value not in meta["choices"]:
             raise InputError(f"{flag(f.name)} {value!r} is unknown; choose from {', '.join(meta['choices'])}")
-        if meta["least"] is not None and not (
-                isinstance(value, (int, meta["kind"])) and meta["least"] <= value < 2**63 - 1):
-            raise InputError(f"{flag(f.name)} must be {'an integer' if meta['kind'] is int else 'a finite number'} "
-                             f"of at least {meta['least']}, not {value!r}")
+        if meta["least"] is not None and not meta["least"] <= value < 2**63 - 1:  # NaN fails too
+            raise InputError(f"{flag(f.name)} must be finite and at least {meta['least']}, not {value!r}")
     for wrong, message in [
         (c.lr == 0, "--lr must be above 0"),
+        (max(c.conv_layers, c.mlp_layers) > 64, "--conv-layers and --mlp-layers go up to 64"),
         (c.gamma and not factor, "--gamma weighs FactorVAE's penalty; add --model factorvae"),
         (factor and c.batch_size < 2, "--model factorvae permutes over the batch; --batch-size must be at least 2"),
         (c.shuffle_coords and not broadcast, f"--shuffle-coords needs --decoder broadcast, not {c.decoder}"),
@@ -231,7 +240,7 @@ def draw_sprites(factors: torch.Tensor) -> torch.Tensor:
 
 
 def check_classes(factors, sizes):
-    """ValueError unless factors (N, F) are integers in range. On a GPU the look-up itself traps, without sync."""
+    """ValueError unless factors (N, F) are integers and, on a CPU, in range: a GPU would have to wait for it."""
     if factors.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"factors must be integers, not {factors.dtype}")
     if factors.device.type == "cpu" and ((factors < 0) | (factors >= torch.tensor(sizes))).any():
@@ -256,26 +265,29 @@ class Sprites:
     metrics, colour is cut into 10 bins each of H, S and V, and `draw` takes their centres (ours 9).
     """
 
-    name, size, channels, height, width = "sprites", None, 3, 64, 64
+    name, size, channels, height, width, on_device = "sprites", None, 3, 64, 64, True
     factor_names = ("shape", "scale", "orientation", "x", "y", "hue", "saturation", "value")
     factor_sizes = (*SPRITE_SIZES, 10, 10, 10)
 
     def __init__(self, device="cpu", masks=draw_sprites):
         self.masks, self.sizes = masks, torch.tensor(SPRITE_SIZES, device=device)
         self.low, self.range = torch.tensor([[0.0, 0.3, 0.3], [1.0, 0.4, 0.4]], device=device)
+        self.device = self.sizes.device
+        sprite_edges(self.device)  # now: copies from the host cannot be captured in a CUDA graph
 
     def paint(self, factors, color):  # (N, 5) int, (N, 3) in [0, 1] -> (N, 3, 64, 64) in [0, 1]
         rgb = hsv_to_rgb(self.low + self.range * color)
         return self.masks(factors)[:, None] * rgb[:, :, None, None]
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        u = torch.rand(n, 8, generator=generator, device=self.sizes.device)
+        u = torch.rand(n, 8, generator=generator, device=self.device)
         return self.paint((u[:, :5] * self.sizes).long(), u[:, 5:])
 
     def draw(self, factors: torch.Tensor) -> torch.Tensor:
         if factors.ndim != 2 or factors.shape[1] != 8:
             raise ValueError(f"factors must have shape (N, 8), not {tuple(factors.shape)}")
         check_classes(factors, self.factor_sizes)
+        factors = factors.to(self.device)
         return self.paint(factors[:, :5], (factors[:, 5:] + 0.5) / 10)
 
 
@@ -283,7 +295,7 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
     """The data set of that name or file (A.3). Raises InputError when it cannot be had.
 
     The object has `name`, `channels`, `height`, `width`, `size` (None: drawn without end) and `sample(n,
-    generator)` -> (n, C, H, W) float32 in [0, 1] on the device, and where the ground truth is known
+    generator)` -> (n, C, H, W) float32 in [0, 1] on the device, and where the ground truth is known (else None)
     `factor_names`, `factor_sizes` and `draw(factors)` -> (N, C, H, W) from integer classes (N, F).
     """
     name = str(name_or_path)
@@ -291,28 +303,29 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
         return Sprites(device)
     try:
         if name.startswith("circles-"):
-            import gen_circles
+            from gen_circles import load as load_circles
 
-            return gen_circles.load(name, device, data_dir=data_dir)
-        import datasets
+            return load_circles(name, device, data_dir=data_dir)
+        from datasets import Objects, find_chairs, load_file
 
         if name == "objects":
-            return datasets.Objects(device)
-        path = datasets.find_chairs(data_dir) if name == "chairs" else name
-        data = datasets.load_file(path, device, cache_dir=data_dir)
-        if getattr(data, "factor_sizes", None) == SPRITE_SIZES:  # dSprites' own file: color it
-            return Sprites(device, data.mask)
-        return data
+            return Objects(device)
+        data = load_file(find_chairs(data_dir) if name == "chairs" else name, device, cache_dir=data_dir)
+        dsprites = hasattr(data, "mask") and data.draw is not None and data.factor_sizes == SPRITE_SIZES
+        return Sprites(device, data.mask) if dsprites else data  # their own file too is coloured here
     except (ValueError, OSError, ImportError) as e:
-        raise InputError(f"--dataset {name}: {e}") from e
+        alone = isinstance(e, ImportError) and not (Path(__file__).parent / "datasets.py").exists()
+        needs = "needs gen_circles.py and datasets.py beside sbvae.py; sprites needs no other file" if alone else e
+        raise InputError(" ".join(f"--dataset {name}: {needs}".split())) from e
 
 
 # ----------------------------------------------------------------------------------------------------- models
 
 
-def coordinate_grid(height: int, width: int) -> torch.Tensor:
+def coordinate_grid(height: int, width: int, device=None) -> torch.Tensor:
     """(2, H, W): x, from -1 at the left to 1 at the right, then y, from -1 at the top to 1 at the bottom."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    x, y = (torch.linspace(-1, 1, n, device=device) for n in (width, height))
+    y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y])
 
 
@@ -322,7 +335,7 @@ def spatial_broadcast(z: torch.Tensor, height: int, width: int, coords=None) -> 
     z (B, K) -> (B, K + 2, H, W) in the order z, x, y. Algorithm 1 as printed builds y with the width; it must
     be the height (ours 1). coords (2, H, W) stands in for the linear grid (B).
     """
-    coords = coordinate_grid(height, width) if coords is None else coords
+    coords = coordinate_grid(height, width, z.device) if coords is None else coords
     z_b = z[:, :, None, None].expand(-1, -1, height, width)  # (B, K, H, W)
     xy_b = coords.to(z).expand(len(z), -1, -1, -1)  # (B, 2, H, W)
     return torch.cat([z_b, xy_b], dim=1)
@@ -334,7 +347,7 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         pads = []
-        for n, k, s in zip(x.shape[:1:-1], self.kernel_size, self.stride):
+        for n, k, s in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):  # width, then height
             total = max((-(-n // s) - 1) * s + k - n, 0)
             pads += [total // 2, total - total // 2]  # left, right, top, bottom
         if pads[0] == pads[1] and pads[2] == pads[3]:  # the convolution pads without a copy
@@ -434,7 +447,7 @@ class DeconvDecoder(nn.Module):
 
 def append_coords(h):
     """(B, C, H, W) -> (B, C + 2, H, W)."""
-    return torch.cat([h, coordinate_grid(*h.shape[2:]).to(h).expand(len(h), -1, -1, -1)], dim=1)
+    return torch.cat([h, coordinate_grid(*h.shape[2:], h.device).to(h).expand(len(h), -1, -1, -1)], dim=1)
 
 
 def output_layers(convs, h, before=None):
@@ -503,7 +516,7 @@ def build_model(config: Config) -> VAE:
                          f"{height} x {width}; lower {'--upscales' if c.upscales else '--conv-layers'}")
     # Table 1; for FactorVAE Table 2, whose encoder widens from the image to the latents, as Kim and Mnih's.
     down, up = ((32, 32, 64, 64), (64, 64, 64, 32, 32)) if c.model == "factorvae" else ((64,) * 4, (64,) * 5)
-    up = (64,) * (c.conv_layers - 5) + up[max(5 - c.conv_layers, 0):]  # other depths, next to the latents
+    up = (64,) * (c.conv_layers - 5) + up[max(5 - c.conv_layers, 0):]  # more or fewer next to the latents (ours 8)
     generator = torch.Generator().manual_seed(c.seed)
     encoder = Encoder(channels, height, width, c.latents, down)
     if c.decoder == "broadcast":
@@ -584,6 +597,8 @@ def atomically(path: Path):
 def read_checkpoint(run: Path) -> tuple[Config, dict]:
     """Configuration and checkpoint of a run folder. Raises InputError when missing, damaged or mixed up."""
     try:
+        if zipfile.ZipFile(run / "checkpoint.pt").testzip():  # torch itself does not look at the checksums
+            raise ValueError("wrong checksum")
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         config = resolve(Config(**checkpoint["config"]))
         told = json.loads((run / "config.json").read_text())["config"]
@@ -592,7 +607,7 @@ def read_checkpoint(run: Path) -> tuple[Config, dict]:
     except Exception as e:  # torch.load raises whatever the damaged bytes lead it to
         raise InputError(f"{run} holds damaged files or those of another version ({type(e).__name__}); restore them, "
                          "or train anew with another --out") from e
-    differ = [n for n, v in checkpoint["config"].items() if n not in FREE_ON_RESUME and told.get(n) != v]
+    differ = [n for n, v in checkpoint["config"].items() if n not in (*FREE_ON_RESUME, "out") and told.get(n) != v]
     if differ:
         raise InputError(f"{run}: checkpoint.pt and config.json are not of one run, they differ in "
                          f"{', '.join(differ)}; restore them, or train anew with another --out")
@@ -602,29 +617,47 @@ def read_checkpoint(run: Path) -> tuple[Config, dict]:
 def load(run_dir) -> VAE:
     """The trained model of a run folder, in eval mode on the CPU, with `.config`. Raises InputError."""
     config, checkpoint = read_checkpoint(Path(run_dir))
-    model = build_model(config)
-    model.load_state_dict(checkpoint["model"])
+    model = build_model(dataclasses.replace(config, kernel="auto"))  # which also runs where it was not trained
+    restore({"model": model}, checkpoint, run_dir)
     return model.eval()
+
+
+def restore(parts: dict, checkpoint: dict, run_dir):
+    """Put a checkpoint's states back into what they came from. Raises InputError when they do not fit."""
+    try:
+        for name, part in parts.items():
+            (part.set_state if name == "generator" else part.load_state_dict)(checkpoint[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"{run_dir}/checkpoint.pt is damaged or of another version ({type(e).__name__} in {name}); "
+                         "restore it, or train anew with another --out") from e
 
 
 def read_run(config: Config) -> tuple[Config, dict | None]:
     """What to train -> resolved config, checkpoint (None for a new run). Raises InputError; writes nothing."""
-    run, checkpoint = Path(config.resume or config.out or default_out(config)), None
-    if config.resume:
-        saved, checkpoint = read_checkpoint(run)
-        asked = {name: value for name, value in vars(config).items() if value is not None}
-        for name, value in asked.items():
-            if name not in FREE_ON_RESUME and value != getattr(saved, name):
-                raise InputError(f"{run} was trained with {flag(name)} {getattr(saved, name)}, not {value}; drop the "
-                                 "flag, or train anew with another --out")
-        config = dataclasses.replace(saved, **{n: v for n, v in asked.items() if n in FREE_ON_RESUME})
-    elif (run / "checkpoint.pt").exists():
-        raise InputError(f"{run} already holds a run; carry it on with --resume {run}, or choose another --out")
-    return resolve(dataclasses.replace(config, out=str(run), resume=None)), checkpoint
+    if config.resume is None:
+        run = Path(config.out or default_out(config))
+        if (run / "checkpoint.pt").exists():
+            raise InputError(f"{run} already holds a run; carry it on with --resume {run}, or choose another --out")
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size:
+            raise InputError(f"{run} holds a metrics.jsonl without a checkpoint.pt; choose another --out")
+        return resolve(dataclasses.replace(config, out=str(run))), None
+    run = Path(config.resume)
+    saved, checkpoint = read_checkpoint(run)
+    asked = {name: value for name, value in vars(config).items() if value is not None}
+    asked |= {"out": saved.out} if asked.get("out") == str(run) else {}  # the folder may have been moved
+    for name, value in asked.items():
+        if name not in FREE_ON_RESUME and value != getattr(saved, name):
+            raise InputError(f"{run} was trained with {flag(name)} {getattr(saved, name)}, not {value}; drop the "
+                             "flag, or train anew with another --out")
+    if asked.get("steps", saved.steps) < checkpoint["step"]:
+        raise InputError(f"{run} is at step {checkpoint['step']} already; --steps must be more")
+    changes = {n: v for n, v in asked.items() if n in FREE_ON_RESUME}
+    return resolve(dataclasses.replace(saved, **changes | {"out": str(run), "resume": None})), checkpoint
 
 
-def open_log(run: Path, step: int):
-    """Claim a run folder -> metrics.jsonl, open, locked and cut to the lines up to `step`; its last record."""
+def open_log(run: Path, checkpoint: dict | None):
+    """Claim a run folder -> metrics.jsonl, open, locked and cut to where the checkpoint was made; its last record.
+    Raises InputError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         log = open(run / "metrics.jsonl", "a+")  # noqa: SIM115 (it stays open, and locked, during the run)
@@ -633,11 +666,19 @@ def open_log(run: Path, step: int):
         raise InputError(f"another process is training in {run}; wait for it, or choose another --out") from e
     except OSError as e:
         raise InputError(f"cannot write to the run folder {run} ({e.strerror}); choose another --out") from e
+    before, now = checkpoint and checkpoint["step"], None
+    if (run / "checkpoint.pt").exists():
+        now = read_checkpoint(run)[1]["step"]
+    if before != now:
+        raise InputError(f"another process has just trained in {run}; --resume {run} to carry on from there")
     log.seek(0)
-    lines = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    try:
+        lines = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= (before or 0)]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{run}/metrics.jsonl is damaged ({type(e).__name__}); restore or remove it") from e
     log.truncate(sum(map(len, lines)))  # later lines will come again; the last one may be half written
-    for leftover in run.glob(".*.tmp"):  # of a process that was killed
-        leftover.unlink()
+    for name in ("checkpoint.pt", "config.json", "reconstructions.png", "traversals.png"):
+        (run / f".{name}.tmp").unlink(missing_ok=True)  # of a process that was killed
     return log, json.loads(lines[-1]) if lines else {}
 
 
@@ -651,17 +692,18 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
     with torch.no_grad():
         mu, logvar = model.encode(images)
         variance = logvar.exp().mean(0)
-        order = variance.argsort().tolist()  # the most informative latent first
+        order = variance.argsort()[:20].tolist()  # the most informative latent first
         z = mu[0].repeat(len(order), 11, 1)  # (rows, columns, K)
         for row, k in enumerate(order):
             z[row, :, k] = torch.linspace(-2, 2, 11)
-        sweeps = model.pixels(model.decode(z.flatten(0, 1))).unflatten(0, (len(order), 11))
+        sweeps = torch.stack([model.pixels(model.decode(row)) for row in z])
         pairs = torch.stack([images[:10], model.pixels(model.decode(mu[:10]))])
     labels = [f"z{k}   mean σ² {variance[k]:.3f}" for k in order]
     for name, grid, names in (("reconstructions", pairs, ["data", "model"]), ("traversals", sweeps, labels)):
         rows, columns, _, h, w = grid.shape
         tiles = F.pad(grid, (1, 1, 1, 1), value=1.0).permute(0, 3, 1, 4, 2)  # a white line around each
-        canvas = tiles.reshape(rows * (h + 2), columns * (w + 2), -1).expand(-1, -1, 3).cpu().numpy()
+        canvas = tiles.reshape(rows * (h + 2), columns * (w + 2), -1).cpu().numpy()
+        canvas = canvas[:, :, [0, 1, 2] if canvas.shape[2] > 2 else [0, 0, 0]]  # gray when it is not RGB
         figure = Figure(figsize=(canvas.shape[1] / 80, canvas.shape[0] / 80), dpi=160)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(canvas, interpolation="nearest")
@@ -689,20 +731,22 @@ def choose_device(config: Config) -> tuple[torch.device, str, str]:
     if not cuda and (device.type != "cpu" or config.precision == "tf32" or config.kernel == "triton"):
         raise InputError("--precision tf32, --kernel triton and devices other than cpu need a GPU: --device cuda")
     if config.precision:
-        return device, config.precision, "as asked"
+        return device, config.precision, "as asked, or as the run began"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, which may drop them
     units = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else any(
         getattr(torch.cpu, name, bool)() for name in names)
     return device, *(("bf16", "the device has bf16 units") if units else ("fp32", "the device has no bf16 units"))
 
 
-def choose_kernel(config: Config) -> str:
-    """Which code runs the first layer after the tile, and why, in words."""
+def choose_kernel(config: Config, device) -> str:
+    """Which code runs the first layer after the tile, and why, in words; `broadcast_conv2d` does the choosing."""
     if config.decoder != "broadcast" or config.upscales:
         return "none, as this model has no convolution after a tile"
     if broadcast_conv2d is None:
         return "plain tile, append, convolve, as kernels/ is not beside sbvae.py"
-    return f"{config.kernel}, from kernels/"
+    if config.kernel != "auto":
+        return f"{config.kernel}, as asked"
+    return "triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer, on a CPU"
 
 
 def versions() -> dict:
@@ -755,46 +799,50 @@ def train(config: Config) -> dict:
     step, logged = 0, 0  # the last log line's step, and what has added up since
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        generator.set_state(checkpoint["generator"])
+        restore(parts | {"generator": generator}, checkpoint, run)
         step, logged, sums = checkpoint["step"], checkpoint["logged"], checkpoint["sums"].to(device)
     pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
 
     def save():
         state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(config=dataclasses.asdict(config), step=step, logged=logged, sums=sums,
+                      generator=generator.get_state())
         with atomically(run / "checkpoint.pt") as path:
-            torch.save(dict(state, config=dataclasses.asdict(config), step=step, logged=logged, sums=sums,
-                            generator=generator.get_state()), path)
+            try:
+                torch.save(state, path)
+            except RuntimeError as e:  # torch's way to say that the disk is full
+                raise OSError(f"cannot write {path}: {str(e).splitlines()[0]}") from e
 
-    log, record = open_log(run, step)
+    log, record = open_log(run, checkpoint)
     with atomically(run / "config.json") as path:
         path.write_text(json.dumps(dict(config=dataclasses.asdict(config), **versions()), indent=1) + "\n")
     if not checkpoint:
         save()
-    weights = {"encoder": model.encoder, "decoder": model.decoder, "discriminator": parts.get("discriminator")}
+    modules = {"encoder": model.encoder, "decoder": model.decoder, "discriminator": parts.get("discriminator")}
     print(f"data     {config.dataset}, {' x '.join(map(str, shape))}, "
           + ("drawn without end" if data.size is None else f"{data.size:,} images"))
     print(f"model    {config.model}, {config.decoder} decoder, {config.latents} latents, {config.likelihood}, beta "
           f"{config.beta:g}" + f", gamma {config.gamma:g}" * factor)
-    print("weights ", ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in weights.items() if m))
+    print("weights ", ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in modules.items() if m))
     print(f"device   {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {precision} ({why})")
-    print(f"kernel   {choose_kernel(config)}")
+    print(f"kernel   {choose_kernel(config, device)}")
     print(f"run      {run}, steps {step:,} to {config.steps:,}, batch {config.batch_size}, lr {config.lr:g}, seed "
           f"{config.seed}", flush=True)
 
-    stopped, handlers = [], {}  # signals that came, and who handled them before
+    stopped = []  # signals that came
+    main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
 
     def stop(number, frame):  # finish the step, save, leave; a second signal ends it at once
         stopped.append(number)
         signal.signal(number, handlers[number])
 
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() else None
     say = bar.write if bar else functools.partial(print, flush=True)
     first, begun, begun_at = step, time.perf_counter(), step
     try:
+        for number in handlers:
+            signal.signal(number, stop)
         while step < config.steps and not stopped:
             images = data.sample(config.batch_size, generator)
             with autocast():
@@ -824,6 +872,7 @@ def train(config: Config) -> dict:
             if bar:
                 bar.update()
             if step == first + 20:
+                sums.sum().item()  # waits for the device
                 seconds = time.perf_counter() - begun
                 left = (config.steps - step) * seconds / 20
                 say(f"speed    {20 / seconds:.3g} steps/s; {clock(left)} to go, until "
@@ -832,9 +881,11 @@ def train(config: Config) -> dict:
             to_log, to_save = ending or step % config.log_every == 0, ending or step % config.save_every == 0
             if not (to_log or to_save or stopped):
                 continue
-            if not all(torch.isfinite(x).all() for x in (sums, *model.parameters())):  # waits for the device
-                raise FloatingPointError(f"loss or weights became NaN or infinite between steps {logged:,} and "
-                                         f"{step:,}; {run}/checkpoint.pt holds the last good state; try a lower --lr")
+            bad = [n for n, v in zip(names, sums.tolist(), strict=True) if not math.isfinite(v)]  # waits, too
+            weights = [p for name in parts if not name.endswith("optimizer") for p in parts[name].parameters()]
+            if bad or not all(torch.isfinite(p).all() for p in weights):
+                raise FloatingPointError(f"diverged: {', '.join(bad) or 'a weight'} became NaN or infinite between "
+                                         f"steps {logged:,} and {step:,}; {run}/checkpoint.pt is the last good state")
             if to_log:
                 means = (sums / (step - logged)).tolist()
                 rate = (step - begun_at) / (time.perf_counter() - begun)
@@ -848,11 +899,11 @@ def train(config: Config) -> dict:
                     + f"{record['images_per_s']:7,.0f} images/s  {clock(record['seconds_left'])} left")
                 sums.zero_()
                 logged, begun, begun_at = step, time.perf_counter(), step
-            if to_save or stopped:
-                save()
-            if to_save:
+            if to_save:  # pictures first: a run whose checkpoint says that it is done has them
                 with autocast():
                     save_pictures(run, model, pictured)
+            if to_save or stopped:
+                save()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -869,9 +920,14 @@ def train(config: Config) -> dict:
 # ----------------------------------------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line like every other error, without the usage
+        raise InputError(f"{message}; see --help")
+
+
 def parse(arguments=None) -> Config:
-    """The command line as a Config."""
-    parser = argparse.ArgumentParser(
+    """The command line as a Config. Raises InputError."""
+    parser = Parser(
         prog="sbvae.py", allow_abbrev=False, description="Train the Spatial Broadcast VAE (Watters et al. 2019) and "
         "its relatives. Defaults are the paper's; brackets say where they stand in it.")
     group = parser
@@ -892,6 +948,11 @@ def main():
     except (InputError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1 if isinstance(e, FloatingPointError) else 2)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+            raise
+        print("error: out of memory; lower --batch-size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

@@ -44,9 +44,8 @@ SHAPES = {
 }
 QUICK = ("paper-16", "8x8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FIELDS = (
-    "shape dtype layout pass implementation ms ms_20 ms_80 gb_per_s share_of_copy peak_mb speedup"
-).split()
+FIELDS = ["shape", "dtype", "layout", "pass", "implementation", "ms", "ms_20", "ms_80"]
+FIELDS += ["gb_per_s", "share_of_copy", "peak_mb", "speedup"]  # speedup over the reference
 
 
 def inputs(shape, dtype, device):
@@ -81,7 +80,7 @@ def layer(backend, compiled, padding, layout):
 
 
 def wrong(run, shape, dtype, device, layout):
-    """None, or in words how a result differs from float64 by more than PyTorch's own error allows."""
+    """None, or in words how a result is off by more than PyTorch's own error allows."""
     shape = (min(shape[0], 8), *shape[1:])
     tensors = inputs(shape, dtype, device)
 
@@ -267,7 +266,7 @@ def device_name(device):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all; on a CPU two")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])

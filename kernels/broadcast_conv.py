@@ -32,16 +32,17 @@ weights and of the bias, dS that of z (dS @ taps^T) and of the latents' weights 
 over the taps of each class). Saved for it: z, coords, weight and bias (the PyTorch form saves P and
 S too, C*Ho*Wo and B*C*R*Q numbers).
 
-What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), in float32:
+What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), float32, millions:
 
-                             numbers moved, forward                    multiply-adds
-    reference  tiles 2x(K+M)BHW, pad 2x, conv, activation 2xBCHoWo     BCHoWo (K+M) kh kw    805 M
-               3 + 6 + 3 + 4 + 8 million = 25 million: 99 MB
-    here       out BCHoWo + P: 4.5 million: 18 MB                      CHoWo M kh kw + BKCRQ  8.6 M
+                forward: numbers moved               multiply-adds    backward: moved, multiply-adds
+    reference   16 (tile and append 0.8, pad 1.7,               805    24 (activation 12.6,   1610
+                convolve 5.1, activation 8.4)                          convolution 11)
+    torch       13 (P + S 4.7, activation 8.4)                  8.6    25 (the same, eagerly)   17
+    on a CPU    4.7: in pieces that stay in cache               8.6    4.7                      17
+    triton      4.7 (the output 4.2, P twice 0.3)               8.6    4.7 (read g 4.2, dP)     17
 
-Backward the reference does twice the multiply-adds again and reads and writes as much several
-times over; here one read of g, 17 MB. The floor of both is 17 MB, and that is what kernels/bench.py
-counts.
+that is 64 MB against 19 forward. The output or its gradient alone, 17 MB, is the floor, and the
+bytes that kernels/bench.py counts.
 
 Where it does not pay. On an 8x8 grid with k=5, 25 classes for 64 pixels, S is nearly as large as
 the output and launching the kernels costs more than running them. And this layer is 15% of the
@@ -52,15 +53,17 @@ Three forms, chosen by `backend`:
     reference   the formula above, two lines of it
     torch       factorised, in PyTorch: any device and dtype, any number of derivatives
     triton      factorised, in Triton: float32, bfloat16, float16 on a GPU
-"auto" takes triton on a GPU where it can and torch otherwise. Measured on one core of a Zen 4 CPU
-(AVX512-BF16, no AMX), forward + backward of the paper's layer, torch is 9 times as fast as the
-reference in float32 and 4 times in bfloat16. (On CPUs with AMX the plain bfloat16 convolution is
-faster than there; this has not been measured.)
+"auto" takes triton on a GPU where it can and torch otherwise; on a CPU it takes the reference for
+layers of less than 16 million multiply-adds (52 million in bfloat16), where that is quicker.
+Measured on one core of a Zen 4 CPU (AVX512-BF16, no AMX), forward + backward of the paper's layer,
+torch is 9 times as fast as the reference in float32 and 4 times in bfloat16. Not measured: CPUs
+with AMX, whose plain bfloat16 convolution is faster. Under torch.compile on a CPU the torch form is
+handed to the compiler as plain sums, which come out slower than the eager form.
 
-float32 is summed in float32, never TensorFloat-32, by the Triton kernels; halves are summed in
-float32 and rounded once, on writing. Under autocast the output has autocast's dtype while P and S
-stay in float32, closer to the float32 result than rounding the weights. No atomics: same input,
-same bits.
+The Triton kernels sum in float32, never TensorFloat-32 (S = z @ taps and its gradients are PyTorch
+matrix products and follow its setting), and round once, on writing. Under autocast the output has
+autocast's dtype while P and S stay in float32: closer to the float32 result than rounding the
+weights. No atomics: same input, same bits.
 """
 
 import contextlib
@@ -135,11 +138,15 @@ class _BroadcastAdd(torch.autograd.Function):
         out = torch.empty(shape, dtype=dtype, device=P.device, memory_format=memory_format)
         P = _rows(P[None], memory_format)
         wide = _rows(_spread(S, 3, before[1], repeats[1]), memory_format)
-        target = _rows(out, memory_format)
-        for chunk in _chunks(P, len(S)):
+        target, chunks = _rows(out, memory_format), _chunks(P, len(S))
+        # float32 until the last step: a half-precision sum of halves would round three times
+        # (on a GPU the addition rounds once, into the output, by itself)
+        buffers = None
+        if chunks and dtype != P.dtype and P.device.type == "cpu":
+            buffers = torch.empty_like(target[chunks[0]], dtype=P.dtype)
+        for chunk in chunks:
             here = target[chunk]
-            # float32 until the last step: a half-precision sum of halves would round three times
-            buffer = here if here.dtype == P.dtype or here.is_cuda else P.new_empty(here.shape)
+            buffer = here if buffers is None else buffers[: len(here)]
             _add_rows(P, wide[chunk], before[0], repeats[0], buffer)
             if activation == "relu":
                 buffer.relu_()
@@ -165,7 +172,7 @@ class _BroadcastAdd(torch.autograd.Function):
         grad_P, grad_wide = torch.zeros_like(P[0]), torch.empty_like(wide)
         top, repeats_y = before[0], repeats[0]
         chunks = _chunks(P, len(S))
-        buffers = torch.empty_like(grad[: chunks[0].stop], dtype=P.dtype) if chunks else None
+        buffers = torch.empty_like(grad[chunks[0]], dtype=P.dtype) if chunks else None
         for chunk in chunks:
             g = grad[chunk].to(P.dtype)
             if activation is not None:  # the mask is computed again, not saved
@@ -189,7 +196,7 @@ class _BroadcastAdd(torch.autograd.Function):
 
 
 def _rows(x, memory_format):
-    """(N,C,Y,X) as memory holds it: (N,C,Y,X), or (N,1,Y,X*C) in channels_last; a copy if needed."""
+    """(N,C,Y,X) as memory holds it: as it is, or (N,1,Y,X*C) in channels_last; may copy."""
     x = x.contiguous(memory_format=memory_format)
     last = memory_format == torch.channels_last
     return x.permute(0, 2, 3, 1).flatten(2)[:, None] if last else x
@@ -375,10 +382,7 @@ if triton is not None:
         else:
             c, pixel = n // (HO * WO), n % (HO * WO)
         sums = _class(pixel // WO, TOP, NY) * Q + _class(pixel % WO, LEFT, NX)
-        if LAST:
-            sums = sums * C + c
-        else:
-            sums = c * (R * Q) + sums
+        sums = sums * C + c if LAST else c * (R * Q) + sums
         p = tl.load(P + n, mask=inside, other=0.0)
         first = tl.program_id(1) * images
         last = tl.minimum(first + images, batch)
@@ -541,10 +545,9 @@ if triton is not None:
                 for q in range(Q):
                     x = j + tl.where(q > LEFT, q + NX - 1, q)
                     there = (y >= 0) & (y < H) & (x >= 0) & (x < W) & inside
-                    if LAST:
-                        at = (k * (R * Q) + r * Q + q) * C + c
-                    else:
-                        at = (k * C + c) * (R * Q) + r * Q + q
+                    one = r * Q + q
+                    at = one * C + c if LAST else c * (R * Q) + one
+                    at += k * (C * R * Q)
                     total += tl.load(grad_taps + at, mask=there, other=0.0)
             at = (c * (K + M) + Z_FIRST + k) * (KH * KW) + n % (KH * KW)
             tl.store(grad_weight + at, total, mask=inside)
@@ -562,8 +565,8 @@ if triton is not None:
                 present = present & (tap < KH * KW)[:, None]
                 present = present & (row >= 0) & (row < H) & (col >= 0) & (col < W)
                 coordinate = tl.load(coords + (m * H + row) * W + col, mask=present, other=0.0)
-                one = (tap == KH * KW)[:, None]
-                sums += tl.where(one, 1.0, coordinate.to(tl.float32)) * g[None, :]
+                coordinate = tl.where((tap == KH * KW)[:, None], 1.0, coordinate.to(tl.float32))
+                sums += coordinate * g[None, :]
             partial += ((split * C + channel) * M + m) * (KH * KW + 1)
             tl.store(partial + tap, tl.sum(sums, 1), mask=tap < KH * KW + 1)
 
@@ -864,6 +867,8 @@ def broadcast_conv2d(
             f"the {kh}x{kw} kernel is larger than the padded {height}x{width} image, "
             "so there is no output"
         )
+    if backend == "auto" and _small(z, coords, weight):
+        backend = "reference"
     if backend == "reference":
         if coords_first:
             maps = coords.shape[0]
@@ -886,6 +891,15 @@ def broadcast_conv2d(
         return _torch(*arguments)
 
 
+def _small(z, coords, weight):
+    """Whether the plain convolution is quicker, on a CPU: so few multiply-adds that the factorised
+    form's dozen of small steps cost more. Measured on one core of a Zen 4, 8x8 to 64x64."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    half = z.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return len(z) * weight.numel() * coords[0].numel() < (52e6 if half else 16e6)
+
+
 def _refusal(z, coords, weight, pads, dtype, out_format):
     """Why Triton can't take these arguments, or None."""
     if triton is None:
@@ -899,9 +913,9 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
         return "takes less than 2^31 values per image"
     if g.kh * g.kw > 255 or g.rows * g.cols > 1024:
         return f"takes at most 255 taps and 1024 classes, got {g.kh * g.kw} and {g.rows * g.cols}"
-    if out_format == "contiguous" and g.rows * g.cols > 1:
-        if _power(g.rows) * _power(g.out_width) > 8192:
-            return f"takes contiguous output of this padding only for narrower images than {g.out_width}"
+    wide = _power(g.rows) * _power(g.out_width) > 8192  # what one program holds of the edges
+    if out_format == "contiguous" and g.rows * g.cols > 1 and wide:
+        return f"takes contiguous output this padded only below a width of {g.out_width}"
     return None
 
 

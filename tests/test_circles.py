@@ -1,13 +1,16 @@
 """gen_circles.py against PyGame frame by frame, closed forms, colorsys and Table 3 written out."""
 
 import colorsys
+import hashlib
 import json
 import math
 import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -260,11 +263,14 @@ def test_the_number_of_processes_does_not_matter():
         assert_same(joined(list(parts)), gen_circles.draw_rows(name, 0, 1000, seed=4))
 
 
-def test_the_same_images_on_every_machine():
-    """Values fixed when the file was written: rows 0 and 499,999 of seed 0."""
+def test_the_same_images_on_every_machine(tmp_path):
+    """Values fixed when the file was written: rows 0 and 499,999, and 16 images, of seed 0."""
     rows = [gen_circles.draw_rows("circles-xyh-small", i, i + 1) for i in (0, 499_999)]
     expected = [[0.2069281, 0.3449295, 0.2668555], [0.2232123, 0.260998, 0.7190552]]
     np.testing.assert_allclose(joined(rows)["factors"], expected, rtol=0, atol=1e-6)
+    path = make(tmp_path, "xyh-small", num=16, seed=0)
+    digest = hashlib.sha256(gen_circles.images(path, range(16)).tobytes()).hexdigest()
+    assert digest == "0a8f734a5af23fb57bd0f9ee37d2ffbf71da288b74c6ec1b0d6440e396b0adec"
 
 
 def test_a_short_set_is_the_start_of_a_long_one(folder, tmp_path):
@@ -314,7 +320,7 @@ def test_a_right_file_is_reused_and_any_other_replaced(tmp_path, monkeypatch):
         expect(50, 0)
         assert path.read_bytes() == good
     monkeypatch.setattr(gen_circles, "VERSION", gen_circles.VERSION + 1)
-    assert "version" in gen_circles.stale(path, "circles-xy", 50, 0)
+    assert "version" in gen_circles.look(path, "circles-xy", 50, 0)[1]
     expect(50, 0)
     assert path.read_bytes() != good
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".npz"] * 3  # and nothing left over
@@ -326,6 +332,7 @@ def test_a_right_file_is_reused_and_any_other_replaced(tmp_path, monkeypatch):
         dict(centers=np.zeros((50, 3), np.int16)),
         dict(colors=np.zeros((50, 3), np.float32)),
         dict(coverage=np.zeros((70, 10), np.uint8)),
+        dict(coverage=np.full((70, 70), 26, np.uint8)),
         dict(factors=np.zeros((49, 2), np.float32)),
         dict(factor_names=np.array(["y", "x"])),
         dict(num=np.int64(10**12)),
@@ -340,6 +347,32 @@ def test_a_file_whose_arrays_do_not_fit_is_refused(tmp_path, change):
     with pytest.raises(ValueError) as caught:
         gen_circles.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_are_checked_before_anything_is_inflated(tmp_path):
+    """150 MB of zeros, a few hundred kB in the file: once as an array, once as the name."""
+    path = make(tmp_path, "xy", num=50)
+    with np.load(path) as npz:
+        arrays = dict(npz)
+    bombs = dict(colors=np.zeros(150_000_000, np.uint8), name=np.zeros((), "U37500000"))
+    for key, bomb in bombs.items():
+        np.savez_compressed(tmp_path / f"{key}.npz", **{**arrays, key: bomb})
+    code = """
+import resource, sys, gen_circles
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        gen_circles.read(path)
+    except ValueError as error:
+        print("damaged" in str(error), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    paths = [str(tmp_path / f"{key}.npz") for key in bombs]
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    for line in done.stdout.splitlines():
+        damaged, grown = line.split()
+        assert damaged == "True" and int(grown) < 50_000 * (1024 if sys.platform == "darwin" else 1)
+    assert len(done.stdout.splitlines()) == 2
 
 
 class Payload:
@@ -386,6 +419,52 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before
 
 
+def test_what_a_killed_process_leaves_is_overwritten(tmp_path):
+    code = """
+import os, sys, gen_circles
+with gen_circles.atomic(sys.argv[1]) as file:
+    file.write(bytes(100_000))
+    file.flush()
+    os._exit(9)
+"""
+    path = gen_circles.file_path("circles-xy", tmp_path)
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == 9
+    assert [p.name for p in tmp_path.iterdir()] == [f".{path.name}.tmp"]
+    assert make(tmp_path, "xy", num=50) == path
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None and path.stat().st_size < 20_000
+
+
+def test_writers_at_the_same_time_never_mix(tmp_path):
+    path, lengths = tmp_path / "file", [3000, 1000, 2000, 4000]
+
+    def write(k):
+        for _ in range(10):
+            with gen_circles.atomic(path) as file:
+                for _ in range(lengths[k] // 1000):
+                    file.write(bytes([k]) * 1000)
+                    file.flush()
+                    time.sleep(0.001)
+
+    whole = [bytes([k]) * length for k, length in enumerate(lengths)]
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, k) for k in range(4)]
+        while not all(writer.done() for writer in writers):
+            assert not path.exists() or path.read_bytes() in whole
+    assert [writer.result() for writer in writers] == [None] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=function: (done.append(n), f(*a)))
+    make(tmp_path, "xy", num=50)
+    assert done == ["fsync", "replace"]
+
+
 def test_pygame_is_needed_for_drawing_alone(tmp_path, monkeypatch):
     make(tmp_path, "xy", num=50, seed=0)
     monkeypatch.setitem(sys.modules, "pygame", None)
@@ -422,7 +501,8 @@ def test_samples_are_the_images_of_the_file(folder):
     for name in ("xyh-small:hole-corner", "xh:blank"):
         path = make(folder, name)
         data = gen_circles.load(f"circles-{name}", "cpu", folder, 400, 3)
-        assert (data.name, data.size) == (f"circles-{name}", 400)
+        assert (data.name, data.size, len(data)) == (f"circles-{name}", 400, 400)
+        assert data.on_device is True and data.device == torch.device("cpu")
         assert (data.channels, data.height, data.width) == (3, 64, 64)
         sample = data.sample(100, torch.Generator().manual_seed(6))
         assert sample.shape == (100, 3, 64, 64) and sample.dtype == torch.float32
@@ -495,6 +575,8 @@ def test_sampling_and_drawing_never_wait_for_the_device(folder):
     data = gen_circles.Circles(gen_circles.read(make(folder, "xyh-small:hole-center")), "meta")
     assert data.sample(5, None).shape == (5, 3, 64, 64)
     assert data.draw(torch.zeros(7, 3, dtype=torch.int64, device="meta")).shape == (7, 3, 64, 64)
+    images = data.draw(torch.zeros(7, 3, dtype=torch.int64))  # from the CPU, to where the data is
+    assert images.shape == (7, 3, 64, 64) and images.is_meta
     assert data.held_out(torch.zeros(7, 3, dtype=torch.int64, device="meta")).shape == (7,)
     with pytest.raises(RuntimeError):
         data.sample(5, None).sum().item()
@@ -606,6 +688,17 @@ def test_errors_of_the_command_line(tmp_path, capsys):
         *_, last = capsys.readouterr().err.splitlines()
         assert last.startswith("error: ")
     assert (tmp_path / "file").read_text() == "in the way"
-    with pytest.raises(SystemExit) as caught:
-        gen_circles.main(["circles-xy", "--num", "many"])
-    assert caught.value.code == 2
+    for arguments in (["circles-xy", "--num", "many"], [], ["circles-xy", "--nope"]):
+        with pytest.raises(SystemExit) as caught:
+            gen_circles.main(arguments)
+        (line,) = capsys.readouterr().err.splitlines()  # without the usage
+        assert caught.value.code == 2 and line.startswith("error: ")
+
+
+def test_an_interrupted_command_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gen_circles, "draw_rows", interrupted)
+    assert gen_circles.main(["circles-xy", "--out", str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())

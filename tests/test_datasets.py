@@ -43,7 +43,9 @@ def refused(path, match, kind=ValueError, **options):
     with pytest.raises(kind) as caught:
         load_file(path, **options)
     line = str(caught.value)
-    assert "\n" not in line and line.startswith(f"{path}: "), line
+    missing = line.startswith("no such file or folder; names are sprites, objects, chairs, circles-{")
+    assert "\n" not in line and (missing or line.startswith(f"{path}: ")), line
+    assert missing != os.path.exists(path) or str(path).startswith("~")
     assert re.search(match, line), line
 
 
@@ -77,7 +79,7 @@ def evil_array(marker):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("max_bytes", [None, 0])  # on the device, from a memory map
-@pytest.mark.parametrize("shape", [(7, 12, 20), (1, 5, 4), (9, 12, 20, 3), (6, 8, 9, 4)])
+@pytest.mark.parametrize("shape", [(7, 12, 20), (1, 4, 5), (9, 12, 20, 3), (6, 8, 4, 4)])
 def test_npz_gives_back_what_went_in(tmp_path, monkeypatch, save, max_bytes, shape):
     monkeypatch.setattr(datasets, "CHUNK_BYTES", 1000)  # many pieces, the last one shorter
     images = random_images(np.random.default_rng(0), *shape)
@@ -138,7 +140,7 @@ def test_draw_looks_up_a_shuffled_grid(tmp_path, seed):
 
 def test_draw_refuses_factors_that_are_none(tmp_path):
     grid = np.stack(np.meshgrid(range(2), range(3), indexing="ij"), -1).reshape(-1, 2)
-    np.savez(tmp_path / "a.npz", images=np.zeros((6, 4, 4), np.uint8), factors=grid)
+    np.savez(tmp_path / "a.npz", images=np.zeros((6, 4, 5), np.uint8), factors=grid)
     dataset = load_file(tmp_path / "a.npz")
     assert dataset.factor_names == ("factor 0", "factor 1")
     for bad, match in [
@@ -156,7 +158,7 @@ def test_draw_refuses_factors_that_are_none(tmp_path):
 
 
 def test_incomplete_grids_have_factors_but_no_draw(tmp_path):
-    images = np.zeros((6, 4, 4), np.uint8)
+    images = np.zeros((6, 4, 5), np.uint8)
     for factors, sizes in [
         (np.random.default_rng(0).random((6, 2)), (6, 6)),  # continuous
         (np.array([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 1]]), (2, 3)),  # one twice
@@ -189,9 +191,13 @@ def test_cache_of_compressed_images_follows_its_source(tmp_path):
     np.savez_compressed(path, images=second)
     assert (pixels(load(), range(5))[..., 0] == second).all()
     assert (pixels(dataset, range(5))[..., 0] == first).all()  # an open one keeps its images
-    for damage in (kept.read_bytes()[:-30], b""):  # a copy that a crash cut short
+    whole = kept.read_bytes()
+    # A copy that a crash cut short, one with a damaged header, one that is another array.
+    for damage in (whole[:-30], b"", whole.replace(b"NUMPY", b"NUMPX", 1),
+                   whole.replace(b"(5, 8, 6, 1)", b"(5, 8, 5, 1)", 1)):  # fmt: skip
         kept.write_bytes(damage)
         assert (pixels(load(), range(5))[..., 0] == second).all()
+        assert kept.read_bytes() == whole
     assert list(cache.iterdir()) == [kept]
 
 
@@ -227,7 +233,7 @@ def write_member(path, header, data, key="images"):
         archive.writestr(f"{key}.npy", magic + text + data)
 
 
-GOOD = np.arange(5 * 6 * 4, dtype=np.uint8).reshape(5, 6, 4)
+GOOD = np.arange(5 * 4 * 6, dtype=np.uint8).reshape(5, 4, 6)
 BAD_ARRAYS = {
     "float01": ({"images": GOOD / 255}, r"is float64: save np.round\(images \* 255\).astype"),
     "float255": ({"images": GOOD.astype("f4")}, r"np.round\(images\).astype\(np.uint8\) if .*255"),
@@ -235,9 +241,12 @@ BAD_ARRAYS = {
     "bool": ({"images": GOOD > 9}, r"is bool: save images.astype\(np.uint8\) \* 255"),
     "text": ({"images": np.array(["a"])}, "must be uint8"),
     "0/1": ({"images": GOOD % 2}, r"save images \* 255"),
-    "2-d": ({"images": GOOD[0]}, r"must be \(N, H, W\) or \(N, H, W, C\), is \(6, 4\)"),
+    "2-d": ({"images": GOOD[0]}, r"must be \(N, H, W\) or \(N, H, W, C\), is \(4, 6\)"),
     "5-d": ({"images": GOOD[..., None, None]}, r"must be \(N, H, W\)"),
-    "one image": ({"images": np.ones((64, 64, 3), np.uint8)}, "width of 4 to 4096"),
+    "one image": ({"images": np.ones((64, 64, 3), np.uint8)}, r"single image.*save images\[None\]"),
+    "one RGBA": ({"images": np.ones((64, 64, 4), np.uint8)}, r"single image.*save images\[None\]"),
+    "narrow": ({"images": np.ones((9, 64, 3, 1), np.uint8)}, "width of 4 to 4096"),
+    "circles": ({"coverage": GOOD, "centers": GOOD}, "by name, as in --dataset circles-xy"),
     "none": ({"images": GOOD[:0]}, "holds no image"),
     "5 channels": ({"images": np.ones((2, 8, 8, 5), "u1")}, "1 to 4 channels, on the last axis$"),
     "channels first": ({"images": np.ones((2, 3, 8, 8), "u1")}, r"np.moveaxis\(images, 1, -1\)"),
@@ -280,6 +289,9 @@ def test_broken_files_are_refused(tmp_path):
         refused(tmp_path / name, "expected an .npz, 3dshapes.h5, rendered_chairs.tar")
     # One folder of a path is a file: nothing of the operating system's own words is lost.
     refused(path / "b.npz", "no such file|Not a directory", OSError)
+    refused("~nosuchuser/x.npz", "home directory")
+    os.mkfifo(tmp_path / "pipe.npz")
+    refused(tmp_path / "pipe.npz", "neither a file nor a folder")  # and does not wait for a writer
 
 
 def test_headers_are_checked_before_memory_is_asked_for(tmp_path, monkeypatch):
@@ -549,7 +561,7 @@ def write_chairs(path, models=("b2", "a1"), data=None):
     return images
 
 
-def test_chairs(tmp_path, monkeypatch):
+def test_chairs(tmp_path, monkeypatch, capsys):
     path, cache = tmp_path / "rendered_chairs.tar", tmp_path / "data"
     images = write_chairs(path)
     dataset = load_file(path, cache_dir=cache)
@@ -576,6 +588,13 @@ def test_chairs(tmp_path, monkeypatch):
         patch.setattr(datasets, "_read_chairs", None)
         again = load_file(path, cache_dir=cache, max_bytes=0)
     assert not again.on_device and (pixels(again, range(8))[..., 0] == found).all()
+    # A damaged cache is made again, and the archive is not blamed.
+    whole = kept.read_bytes()
+    middle = whole.index(found.tobytes()) + 5000
+    kept.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert (pixels(load_file(path, cache_dir=cache), range(8))[..., 0] == found).all()
+    assert kept.read_bytes() == whole
+    assert capsys.readouterr().err.splitlines()[-1] == f"{path}: found 8 of the 86,366 images of chairs"
     # A changed archive is read again.
     write_chairs(path, models=("c3",))
     assert load_file(path, cache_dir=cache).size == 4
@@ -597,6 +616,12 @@ def test_chairs_folder_equals_archive(tmp_path):
     assert dataset.size == 7 and dataset.factor_sizes == (2, 2, 2) and dataset.draw is None
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", "holds no <model>/renders/image_")
+
+
+def test_chairs_without_pygame_name_it(tmp_path, monkeypatch):
+    write_chairs(tmp_path / "a.tar", models=("m",), data=encode_png(picture(0), 2))
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    refused(tmp_path / "a.tar", "pip install pygame", ImportError, cache_dir=tmp_path / "c")
 
 
 def test_find_chairs(tmp_path):
@@ -736,6 +761,21 @@ def test_an_interrupted_pass_leaves_nothing(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ anywhere
+
+
+def test_free_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
+    free = lambda: datasets.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(datasets, "CGROUP", tmp_path)  # no cgroups
+    everything = free()
+    assert everything > 1 << 20
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 500000\n")
+    for limit, expected in (("3500000", 1_000_000), ("2000000", 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert free() == expected
+    for limit in ("max", str(1 << 60)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert free() == pytest.approx(everything, rel=0.5)
 
 
 def test_import_opens_nothing():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import SpatialBroadcastConv2d, broadcast_conv2d, coordinates
+from kernels import SpatialBroadcastConv2d, bench, broadcast_conv2d, coordinates
 
 SLOW = os.environ.get("SBVAE_SLOW") == "1"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -47,14 +47,14 @@ def random_case(rng):
 
 
 def tensors(sizes, seed=0, dtype=torch.float64, device="cpu"):
-    """z, coords, weight (and bias) of these sizes. The coordinates are random: any content will do."""
+    """z, coords, weight (and bias) of these sizes; random coordinates, as any content will do."""
     g = torch.Generator().manual_seed(seed)
     shapes = [
         (sizes["batch"], sizes["latents"]),
         (sizes["maps"], sizes["height"], sizes["width"]),
         (sizes["channels"], sizes["latents"] + sizes["maps"], *sizes["kernel"]),
     ]
-    shapes += [(sizes["channels"],)] if sizes["bias"] else []
+    shapes += [(sizes["channels"],)] if sizes.get("bias", True) else []
     return [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
 
 
@@ -103,7 +103,7 @@ def exact(arguments, **options):
 
 def test_reference_is_the_sum_written_out():
     """Every output value by loops over channels and taps: tile, append, pad, correlate."""
-    sizes = dict(batch=2, latents=2, maps=2, channels=2, height=3, width=5, kernel=(4, 3), bias=True)
+    sizes = dict(batch=2, latents=2, maps=2, channels=2, height=3, width=5, kernel=(4, 3))
     z, coords, weight, bias = (t.detach() for t in tensors(sizes))
     out = broadcast_conv2d(z, coords, weight, bias, backend="reference")
     assert out.shape == (2, 2, 3, 5)
@@ -118,11 +118,11 @@ def test_reference_is_the_sum_written_out():
 
 
 def test_same_padding_is_tensorflows():
-    """A kernel of ones over a constant counts the taps inside: for k=4, 3 at the start, 2 at the end."""
+    """A kernel of ones counts the taps inside the image: for k=4 "same", 3 first and 2 last."""
     ones = torch.ones(1, 1, dtype=torch.float64)
     coords, weight = torch.zeros(1, 6, 7).double(), torch.zeros(1, 2, 4, 4).double()
     weight[:, 0] = 1
-    counts = broadcast_conv2d(ones, coords, weight)[0, 0]
+    counts = broadcast_conv2d(ones, coords, weight, backend="torch")[0, 0]
     rows, columns = torch.tensor([3, 4, 4, 4, 3, 2]), torch.tensor([3, 4, 4, 4, 4, 3, 2])
     assert torch.equal(counts, torch.outer(rows, columns).double())
 
@@ -155,7 +155,7 @@ def test_torch_equals_reference(seed):
 @pytest.mark.parametrize("activation", [None, "relu", "elu"])
 @pytest.mark.parametrize("kernel, padding", [((4, 3), "same"), ((2, 3), "valid"), ((3, 1), (1, 2))])
 def test_first_and_second_derivatives(activation, kernel, padding):
-    sizes = dict(batch=2, latents=2, maps=1, channels=2, height=3, width=4, kernel=kernel, bias=True)
+    sizes = dict(batch=2, latents=2, maps=1, channels=2, height=3, width=4, kernel=kernel)
     for layout in LAYOUTS:
 
         def layer(*t, layout=layout):
@@ -170,7 +170,7 @@ def test_first_and_second_derivatives(activation, kernel, padding):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_torch_in_low_precision(dtype, layout):
-    sizes = dict(batch=5, latents=6, maps=2, channels=8, height=13, width=17, kernel=(4, 4), bias=True)
+    sizes = dict(batch=5, latents=6, maps=2, channels=8, height=13, width=17, kernel=(4, 4))
     for activation in (None, "relu", "elu"):
         options = dict(activation=activation, out_format=layout)
         arguments = tensors(sizes, dtype=dtype)
@@ -198,19 +198,19 @@ def wrong_answers(arguments, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_comparator_rejects_wrong_answers(dtype):
-    sizes = dict(batch=3, latents=4, maps=2, channels=4, height=7, width=9, kernel=(4, 4), bias=True)
+    sizes = dict(batch=3, latents=4, maps=2, channels=4, height=7, width=9, kernel=(4, 4))
     arguments = tensors(sizes, dtype=dtype)
     wanted = exact(arguments)[:1]
     reference = [broadcast_conv2d(*arguments, backend="reference")]
-    assert_as_exact([broadcast_conv2d(*arguments)], reference, wanted)
-    for name, wrong in wrong_answers(arguments):
+    assert_as_exact([broadcast_conv2d(*arguments, backend="torch")], reference, wanted)
+    for name, wrong in wrong_answers(arguments, backend="torch"):
         with pytest.raises(AssertionError, match="off by"):
             assert_as_exact([wrong], reference, wanted)
             pytest.fail(f"accepted: {name}")
 
 
 def test_strided_and_expanded_inputs():
-    sizes = dict(batch=4, latents=3, maps=2, channels=3, height=6, width=5, kernel=(3, 4), bias=True)
+    sizes = dict(batch=4, latents=3, maps=2, channels=3, height=6, width=5, kernel=(3, 4))
     z, coords, weight, bias = (t.detach() for t in tensors(sizes))
     strided = [z.t().contiguous().t(), coords.mT.contiguous().mT, weight.flip(2).flip(2), bias]
     strided[0] = strided[0][:1].expand(4, -1)
@@ -220,7 +220,7 @@ def test_strided_and_expanded_inputs():
 
 def test_expanded_upstream_gradient():
     """`.sum().backward()` hands down a gradient with strides of zero."""
-    sizes = dict(batch=3, latents=2, maps=2, channels=2, height=5, width=6, kernel=(3, 3), bias=True)
+    sizes = dict(batch=3, latents=2, maps=2, channels=2, height=5, width=6, kernel=(3, 3))
     for layout in LAYOUTS:
         options = dict(activation="relu", out_format=layout)
         grads = [
@@ -242,7 +242,7 @@ def test_saves_no_activations():
 
 
 def test_autocast_gives_the_half_type_and_float32_gradients():
-    layer = SpatialBroadcastConv2d(5, 8, 4, 9, 12, activation="relu")
+    layer = SpatialBroadcastConv2d(5, 8, 4, 9, 12, activation="relu", backend="torch")
     z = torch.randn(3, 5, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(z)
@@ -252,16 +252,32 @@ def test_autocast_gives_the_half_type_and_float32_gradients():
     torch.testing.assert_close(out.float(), layer(z), rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_auto_agrees_on_both_sides_of_its_threshold(batch):
+    sizes = dict(batch=batch, latents=6, maps=2, channels=8, height=16, width=24, kernel=(4, 4))
+    arguments = [t.detach() for t in tensors(sizes)]
+    layouts = [
+        broadcast_conv2d(*arguments, activation="relu", out_format=layout, backend=backend)
+        for layout in LAYOUTS
+        for backend in ("auto", "reference")
+    ]
+    for out in layouts[:-1]:
+        torch.testing.assert_close(out, layouts[-1])
+    assert layouts[2].is_contiguous(memory_format=torch.channels_last)
+
+
 # --- module ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel, padding", [(4, "same"), ((3, 5), "same"), (3, "valid"), (3, 1)])
 def test_module_replaces_nn_conv2d(kernel, padding):
-    """Same state dict, same initialisation from the same seed, same output as the layer it replaces."""
+    """Same state dict, same initialisation from the same seed, same output."""
     torch.manual_seed(3)
     conv = nn.Conv2d(5 + 2, 4, kernel, padding=padding)
     torch.manual_seed(3)
-    ours = SpatialBroadcastConv2d(5, 4, kernel, 6, 9, padding=padding, activation="relu")
+    ours = SpatialBroadcastConv2d(
+        5, 4, kernel, 6, 9, padding=padding, activation="relu", backend="torch"
+    )
     assert list(ours.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), conv.parameters(), strict=True))
     with torch.no_grad():
@@ -277,7 +293,9 @@ def test_module_replaces_nn_conv2d(kernel, padding):
 
 def test_module_takes_any_coordinates_and_moves_them():
     coords = torch.rand(4, 5, 7)
-    layer = SpatialBroadcastConv2d(3, 2, 5, 5, 7, coords=coords, coords_first=True, bias=False)
+    layer = SpatialBroadcastConv2d(
+        3, 2, 5, 5, 7, coords=coords, coords_first=True, bias=False, backend="torch"
+    )
     assert layer.weight.shape == (2, 7, 5, 5) and layer.bias is None
     layer = layer.double()
     z = torch.randn(2, 3, dtype=torch.float64)
@@ -291,7 +309,9 @@ def test_module_takes_any_coordinates_and_moves_them():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiles_and_exports_in_one_graph(layout):
-    layer = SpatialBroadcastConv2d(3, 4, 4, 6, 9, activation="relu", out_format=layout)
+    layer = SpatialBroadcastConv2d(
+        3, 4, 4, 6, 9, activation="relu", backend="torch", out_format=layout
+    )
     z = torch.randn(5, 3, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = [
@@ -304,6 +324,19 @@ def test_compiles_and_exports_in_one_graph(layout):
     program = torch.export.export(layer, (z.detach(),), dynamic_shapes=({0: batch},))
     other = torch.randn(8, 3)
     torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_refuses_to_time_a_wrong_layer(dtype):
+    case = (3, 4, 2, 5, 6, 7, 4, "same"), dtype, "cpu", "contiguous"
+    right = bench.layer("torch", False, "same", "contiguous")
+    assert bench.wrong(right, *case) is None
+    for broken in (
+        lambda z, coords, weight, bias: right(z, coords, weight, 0 * bias),
+        lambda z, coords, weight, bias: right(z, coords.flip(0), weight, bias),
+        lambda z, coords, weight, bias: right(z.detach() * 2 - z, coords, weight, bias),
+    ):
+        assert "error" in bench.wrong(broken, *case)
 
 
 # --- errors and imports ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,8 +108,8 @@ def test_kill_9_at_any_moment_then_resume_is_exact(model, tmp_path):
     for life in range(20):
         ask = ["--resume", broken] if (broken / "checkpoint.pt").exists() else [*arguments, "--out", broken]
         process = subprocess.Popen(command(*ask), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:  # wait until it has begun: then each life makes a few steps
-            if line.startswith("run "):
+        for line in process.stdout:  # mostly wait until it has begun, so that each life makes a few steps
+            if line.startswith("run " if life % 4 else "data "):
                 break
         try:
             time.sleep(0.3 * (life + 1) * random.random())  # longer and longer, so that it ends
@@ -155,24 +156,36 @@ def test_load_gives_the_trained_model(tmp_path):
 
 
 def test_factorvae_gradients_stay_on_their_side(tmp_path, monkeypatch):
-    """One step with and without the discriminator's loss: the VAE ends the same, so none of that loss reaches it;
-    without it the discriminator stays as it began, so none of the VAE's loss moves it."""
-    config = dict(model="factorvae", steps=1, batch_size=4, precision="fp32", device="cpu")
-    sbvae.train(Config(**config, out=str(tmp_path / "with")))
-    true_loss = sbvae.discriminator_loss
-    monkeypatch.setattr(sbvae, "discriminator_loss", lambda a, b: 0 * true_loss(a, b))
-    sbvae.train(Config(**config, out=str(tmp_path / "without")))
-    a, b = (torch.load(tmp_path / f / "checkpoint.pt", weights_only=True) for f in ("with", "without"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    start = sbvae.build_discriminator(10, seed=0).state_dict()
-    assert all(torch.equal(start[k], b["discriminator"][k]) for k in start)
-    assert not any(torch.equal(start[k], a["discriminator"][k]) for k in start)  # with its loss it moves
-    monkeypatch.undo()
-    monkeypatch.setattr(sbvae, "total_correlation", lambda logits: 0 * logits.sum())
-    sbvae.train(Config(**config, out=str(tmp_path / "no-tc")))
-    c = torch.load(tmp_path / "no-tc" / "checkpoint.pt", weights_only=True)
-    moved = [k for k in a["model"] if "encoder" in k and not torch.equal(a["model"][k], c["model"][k])]
-    assert moved  # the penalty does reach the encoder
+    """Where the two losses are made, during training: the discriminator's has no gradient for any weight of the VAE,
+    the penalty has one for the encoder and none for the discriminator; and three steps without the discriminator's
+    loss leave the discriminator as it began."""
+    models, seen = {}, []
+    build, penalty, d_loss = sbvae.build_model, sbvae.total_correlation, sbvae.discriminator_loss
+    build_d = sbvae.build_discriminator
+    monkeypatch.setattr(sbvae, "build_model", lambda c: models.setdefault("vae", build(c)))
+    monkeypatch.setattr(sbvae, "build_discriminator", lambda *a: models.setdefault("d", build_d(*a)))
+
+    def reached(loss, name):
+        weights = [p for p in models[name].parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) if weights else []
+        return any(g is not None and g.any() for g in grads)
+
+    def check_penalty(logits):
+        tc = penalty(logits)
+        seen.append(("penalty", reached(tc, "vae"), reached(tc, "d")))
+        return tc
+
+    def check_d_loss(joint, permuted):
+        loss = d_loss(joint, permuted)
+        seen.append(("d_loss", reached(loss, "vae"), reached(loss, "d")))
+        return 0 * loss
+
+    monkeypatch.setattr(sbvae, "total_correlation", check_penalty)
+    monkeypatch.setattr(sbvae, "discriminator_loss", check_d_loss)
+    sbvae.train(Config(model="factorvae", steps=3, batch_size=4, device="cpu", out=str(tmp_path / "r")))
+    assert seen == [("penalty", True, False), ("d_loss", False, True)] * 3
+    start = build_d(10, 0).state_dict()
+    assert all(torch.equal(start[k], v) for k, v in models["d"].state_dict().items())
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -185,7 +198,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypa
             return images * math.nan if len(calls) == 8 else images  # the pictures take the first call
 
     monkeypatch.setattr(sbvae, "load_dataset", lambda *_: Poisoned())
-    with pytest.raises(FloatingPointError, match="between steps 6 and 8") as error:
+    with pytest.raises(FloatingPointError, match="elbo, nll, kl .*between steps 6 and 8") as error:
         sbvae.train(Config(steps=50, batch_size=2, log_every=3, save_every=4, device="cpu", out=str(tmp_path / "r")))
     assert "\n" not in str(error.value)
     checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
@@ -198,6 +211,56 @@ def test_a_diverged_run_ends_with_one_line(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def write_npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("dataset, decoder, shape", [
+    ("circles-xy:hole-center", "broadcast", (3, 64, 64)), ("circles-xh:blank", "deconv", (3, 64, 64)),
+    ("objects", "broadcast", (3, 64, 64)), ("mine.npz", "broadcast", (1, 20, 12)), ("mine4.npz", "deconv", (4, 32, 64)),
+    ("dsprites_some.npz", "broadcast", (1, 64, 64))])
+def test_every_kind_of_data_set_trains(dataset, decoder, shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    write_npz("mine.npz", images=random.integers(0, 256, (9, 20, 12), np.uint8))
+    write_npz("mine4.npz", images=random.integers(0, 256, (9, 32, 64, 4), np.uint8))
+    classes = np.stack([np.zeros(40), *[np.arange(40) % n for n in sbvae.SPRITE_SIZES]], 1)  # not all combinations
+    images = sbvae.draw_sprites(torch.from_numpy(classes[:, 1:]).long()).numpy().astype(np.uint8)
+    write_npz("dsprites_some.npz", imgs=images, latents_classes=classes.astype(np.int64), latents_values=classes)
+    config = Config(dataset=dataset, decoder=decoder, conv_layers=2, steps=2, batch_size=2, device="cpu", out="r")
+    record = sbvae.train(config)
+    assert record["step"] == 2 and math.isfinite(record["elbo"])
+    model = sbvae.load("r")
+    assert model.config.image_shape == list(shape)
+    assert model.decode(torch.zeros(1, 10)).shape == (1, *shape)
+    assert Path("r/traversals.png").exists()
+
+
+def test_dsprites_own_file_is_coloured_like_the_drawing(monkeypatch):
+    import datasets
+
+    class File:  # what `load_file` gives for the whole official file: masks by classes
+        factor_sizes, draw = sbvae.SPRITE_SIZES, print
+
+        def mask(self, factors):
+            return sbvae.draw_sprites(factors)
+
+    monkeypatch.setattr(datasets, "load_file", lambda *_, **__: File())
+    images = sbvae.load_dataset("dsprites.npz").sample(4, torch.Generator().manual_seed(0))
+    assert torch.equal(images, sbvae.Sprites().sample(4, torch.Generator().manual_seed(0)))
+
+
+def test_defaults_follow_the_data_set_and_not_what_lies_around(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("objects").mkdir()
+    names = {"objects": (2_500_000, 6), "3dshapes.h5": (2_500_000, 6), "x/dsprites_a.npz": (1_500_000, 3),
+             "rendered_chairs.tar": (700_000, 3), "my_objects.npz": (500_000, 3), "circles-rg:blank": (500_000, 3)}
+    for name, expected in names.items():
+        c = sbvae.resolve(Config(dataset=name))
+        assert (c.steps, c.conv_layers) == expected, name
+
+
 BAD = [  # arguments, what the one line must contain
     (["--decoder", "conv"], "broadcast"),
     (["--colour", "red"], "--colour"),
@@ -207,6 +270,8 @@ BAD = [  # arguments, what the one line must contain
     (["--beta", "nan"], "--beta"),
     (["--dataset", "no-such-file.npz"], "no-such-file.npz"),
     (["--dataset", "circles-zz"], "circles-zz"),
+    (["--dataset", "two\nlines.npz"], "two lines.npz"),
+    (["--dataset", "~nobody-of-this-name/x.npz"], "x.npz"),
     (["--shuffle-coords", "--decoder", "deconv"], "--shuffle-coords"),
     (["--device", "tpu"], "--device"),
     (["--device", "cpu", "--precision", "tf32"], "tf32"),
@@ -214,6 +279,10 @@ BAD = [  # arguments, what the one line must contain
     (["--resume", "nothing-here"], "nothing-here"),
     (["--out", "file/below"], "file/below"),
     (["--out", "file"], "file"),
+    (["--out", "mine"], "mine"),
+    (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    (["--resume", ""], "no run"),
+    (["--conv-layers", "20000"], "--conv-layers"),
     (["--seed", "99999999999999999999"], "--seed"),
 ]
 
@@ -221,21 +290,14 @@ BAD = [  # arguments, what the one line must contain
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_ends_in_one_line(arguments, words, tmp_path):
     (tmp_path / "file").write_text("precious")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text('{"epoch": 1}\n')  # another program's
+    (tmp_path / "mine" / ".notes.tmp").write_text("precious")
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert words in lines[-1] and "rror: " in lines[-1] and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert (tmp_path / "file").read_text() == "precious"
-    left = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "file"]
-    assert all(p.name == "metrics.jsonl" and p.stat().st_size == 0 for p in left), left
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    done = run(*SMALL, "--out", "r", cwd=tmp_path)
-    tmp_path.chmod(0o700)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".notes.tmp", "file", "metrics.jsonl", "mine"]
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +320,16 @@ def damage(folder, how):
         path.write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
     elif how == "flipped":
         path.write_bytes(data[:200] + b"\0" * 400 + data[600:])
+    elif how == "weights":
+        middle = len(data) // 2  # torch does not look at checksums
+        path.write_bytes(data[:middle] + b"\0" * 64 + data[middle + 64 :])
+    elif how in ("no generator", "renamed weight"):
+        checkpoint = torch.load(path, weights_only=True)
+        if how == "no generator":
+            del checkpoint["generator"]
+        else:
+            checkpoint["model"]["encoder.other"] = checkpoint["model"].pop("encoder.latents.bias")
+        torch.save(checkpoint, path)
     elif how == "no config":
         torch.save({"model": {}}, path)
     elif how == "older":
@@ -272,14 +344,15 @@ def damage(folder, how):
         (folder / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "garbage", "pickle", "flipped", "no config", "older", "other",
-                                 "config.json"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "garbage", "pickle", "flipped", "weights", "no generator",
+                                 "renamed weight", "no config", "older", "other", "config.json"])
 def test_damaged_run_folders_are_refused(how, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "r")
     damage(Path("r"), how)
     before = {p.name: p.read_bytes() for p in Path("r").iterdir()}
-    for attempt in (lambda: sbvae.train(Config(resume="r", steps=4)), lambda: sbvae.load("r")):
+    attempts = [lambda: sbvae.train(Config(resume="r", steps=4)), lambda: sbvae.load("r")]
+    for attempt in attempts[: 1 if how == "no generator" else 2]:  # a model needs no generator
         with pytest.raises(sbvae.InputError) as error:
             attempt()
         assert "\n" not in str(error.value) and "r" in str(error.value)
@@ -305,8 +378,37 @@ def test_two_processes_never_write_one_run(tmp_path):
     first.stdout.close()
     first.wait()
     assert second.returncode == 2 and "another process" in second.stderr and second.stderr.count("\n") == 1
-    third = run("--resume", "r", "--steps", 1, cwd=tmp_path)  # a dead process's lock does not block
+    step = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"]
+    third = run("--resume", "r", "--steps", step + 1, cwd=tmp_path)  # a dead process's lock does not block
     assert third.returncode == 0, third.stderr
+
+
+def test_a_run_that_moved_on_meanwhile_is_not_overwritten(finished, tmp_path, monkeypatch):
+    """Between reading the checkpoint and taking the lock another process may train and leave."""
+    shutil.copytree(finished, tmp_path / "r")
+    load_dataset = sbvae.load_dataset
+
+    def slow(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sbvae, "load_dataset", load_dataset)
+            sbvae.train(Config(resume=str(tmp_path / "r"), steps=3))
+        return load_dataset(*arguments)
+
+    monkeypatch.setattr(sbvae, "load_dataset", slow)
+    with pytest.raises(sbvae.InputError, match="has just trained"):
+        sbvae.train(Config(resume=str(tmp_path / "r"), steps=5))
+    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == 3
+    with pytest.raises(sbvae.InputError, match="at step 3 already"):
+        sbvae.train(Config(resume=str(tmp_path / "r"), steps=2))
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "r")
+    before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
+    script = f"ulimit -f 2000; exec {sys.executable} {ROOT / 'sbvae.py'} --resume r --steps 3"  # files up to 2 MB
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1
+    assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before and not list((tmp_path / "r").glob(".*"))
 
 
 def test_the_file_works_alone(tmp_path):
