@@ -164,7 +164,8 @@ def test_areas(shape):
         area = abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, ends, strict=True))) / 2
         images = sbvae.draw_sprites(grid([shape], [scale], [11], range(32), range(32)))
         assert images.sum().item() / 1024 == pytest.approx(area, rel=2e-3)
-        assert area == pytest.approx({0: 19.2**2, 1: math.pi * 9.6**2}.get(shape, area / size**2) * size**2, rel=1e-3)
+        if shape < 2:  # the square's and the ellipse's in closed form
+            assert area == pytest.approx((19.2**2, math.pi * 9.6**2)[shape] * size**2, rel=1e-3)
 
 
 def test_symmetries():
