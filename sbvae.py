@@ -89,6 +89,7 @@ class Config:
     precision: str = option(str, "of the convolutions; default bf16 where the device has units for it, else fp32",
                             ("fp32", "tf32", "bf16"))
     kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
+    deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
     resume: str = option(str, "carry on the run in this folder, exactly")
     log_every: int = option(int, "steps between log lines; default 200", least=1)
@@ -135,7 +136,7 @@ def resolve(config: Config) -> Config:
         gamma=35.0 if factor else 0.0, latents=10, mlp_layers=0 if broadcast else 1, upscales=0,
         conv_layers=5 if not broadcast else 6 if data == "objects" else 3, shuffle_coords=False,
         steps=steps.get(data, 500_000), batch_size=32 if factor else 16, lr=1e-4 if factor else 3e-4, seed=0,
-        device="cuda" if cuda else "cpu", kernel="auto", out=default_out(c), log_every=200,
+        device="cuda" if cuda else "cpu", kernel="auto", deterministic=False, out=default_out(c), log_every=200,
         save_every=50_000 if cuda else 5_000)
     for f in dataclasses.fields(c):
         if getattr(c, f.name) is None:
@@ -773,6 +774,8 @@ def train(config: Config) -> dict:
     finite. Told to stop by Ctrl-C or SIGTERM it saves and raises KeyboardInterrupt or SystemExit.
     """
     config, checkpoint = read_run(config)
+    if config.deterministic:  # read by cuBLAS when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run, factor = Path(config.out), config.model == "factorvae"
     device, precision, why = choose_device(config)
     data = load_dataset(config.dataset, device)
@@ -782,6 +785,7 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
     # Matrix units want channels last; a CPU's fp32 convolutions are twice as fast without.
     channels_last = device.type == "cuda" or precision == "bf16"
 
@@ -798,9 +802,11 @@ def train(config: Config) -> dict:
         names += ["tc", "d_loss"]
     step, logged = 0, 0  # the last log line's step, and what has added up since
     sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    most = math.prod(shape) * math.log(256)  # nats of the raw image: a posterior that costs more is of no use
     if checkpoint:
         restore(parts | {"generator": generator}, checkpoint, run)
         step, logged, sums = checkpoint["step"], checkpoint["logged"], checkpoint["sums"].to(device)
+    added = torch.tensor(step - logged, device=device)  # steps in the sums
     pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
 
     def save():
@@ -866,7 +872,9 @@ def train(config: Config) -> dict:
                 d_loss.backward()
                 d_optimizer.step()
                 terms += [tc, d_loss]
-            sums += torch.stack([term.detach() for term in terms])
+            healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
+            sums = torch.where(healthy, sums + torch.stack([term.detach() for term in terms]), sums)
+            added += healthy
             step += 1
 
             if bar:
@@ -881,15 +889,21 @@ def train(config: Config) -> dict:
             to_log, to_save = ending or step % config.log_every == 0, ending or step % config.save_every == 0
             if not (to_log or to_save or stopped):
                 continue
-            bad = [n for n, v in zip(names, sums.tolist(), strict=True) if not math.isfinite(v)]  # waits, too
+            means = dict(zip(names, (sums / added).tolist(), strict=True))  # waits, too
             weights = [p for name in parts if not name.endswith("optimizer") for p in parts[name].parameters()]
-            if bad or not all(torch.isfinite(p).all() for p in weights):
-                raise FloatingPointError(f"diverged: {', '.join(bad) or 'a weight'} became NaN or infinite between "
-                                         f"steps {logged:,} and {step:,}; {run}/checkpoint.pt is the last good state")
+            cause = ", ".join(f"{n} is {v}" for n, v in means.items() if not math.isfinite(v))
+            if cause:
+                cause += f" at step {logged + added.item():,}"
+            elif not all(torch.isfinite(p).all() for p in weights):
+                cause = f"a weight is NaN or infinite at step {step:,}"
+            elif means["kl"] > most:
+                cause = (f"the KL has exploded to {means['kl']:.3g} nats between steps {logged:,} and {step:,}, more "
+                         f"than the {most:,.0f} of the raw image")
+            if cause:
+                raise FloatingPointError(f"diverged: {cause}; {run}/checkpoint.pt is the last good state")
             if to_log:
-                means = (sums / (step - logged)).tolist()
                 rate = (step - begun_at) / (time.perf_counter() - begun)
-                record = dict(step=step, **dict(zip(names, means, strict=True)),
+                record = dict(step=step, **means,
                               images_per_s=rate * config.batch_size, seconds_left=(config.steps - step) / rate)
                 log.write(json.dumps(record) + "\n")
                 log.flush()
@@ -898,6 +912,7 @@ def train(config: Config) -> dict:
                     + (f"TC {record['tc']:6.3f}  D loss {record['d_loss']:.4f}  " if factor else "")
                     + f"{record['images_per_s']:7,.0f} images/s  {clock(record['seconds_left'])} left")
                 sums.zero_()
+                added.zero_()
                 logged, begun, begun_at = step, time.perf_counter(), step
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
                 with autocast():

@@ -198,12 +198,46 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypa
             return images * math.nan if len(calls) == 8 else images  # the pictures take the first call
 
     monkeypatch.setattr(sbvae, "load_dataset", lambda *_: Poisoned())
-    with pytest.raises(FloatingPointError, match="elbo, nll, kl .*between steps 6 and 8") as error:
+    with pytest.raises(FloatingPointError, match="elbo is nan, nll is nan, kl is nan.* at step 7;") as error:
         sbvae.train(Config(steps=50, batch_size=2, log_every=3, save_every=4, device="cpu", out=str(tmp_path / "r")))
     assert "\n" not in str(error.value)
     checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["model"].values())
     assert [r["step"] for r in history(tmp_path / "r")] == [3, 6]
+
+
+def test_the_first_cause_is_named_not_what_followed(tmp_path, monkeypatch):
+    loss, calls = sbvae.vae_loss, []
+
+    def overflow(*arguments):  # an infinite KL at the fifth step, then NaN everywhere
+        calls.append(1)
+        total, nll, kl = loss(*arguments)
+        return total, nll if len(calls) < 6 else nll * math.nan, kl if len(calls) < 5 else kl / 0
+
+    monkeypatch.setattr(sbvae, "vae_loss", overflow)
+    with pytest.raises(FloatingPointError, match="diverged: elbo is inf, kl is inf at step 5; .* last good state"):
+        sbvae.train(Config(steps=50, batch_size=2, log_every=50, save_every=9, device="cpu", out=str(tmp_path / "r")))
+    assert torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_an_exploding_kl_stops_the_run(tmp_path, monkeypatch):
+    """Finite all the way: more nats than the raw image has, 12,288 bytes at ln 256, are of no use."""
+    raw, loss = 12_288 * 5.545177444479562, sbvae.vae_loss
+    for factor, ends in ((0.999, True), (1.001, False)):
+        monkeypatch.setattr(sbvae, "vae_loss", lambda *a, factor=factor: (*loss(*a)[:2], torch.tensor(factor * raw)))
+        config = Config(steps=6, batch_size=2, log_every=3, save_every=2, device="cpu", out=str(tmp_path / str(factor)))
+        if ends:
+            assert sbvae.train(config)["kl"] == pytest.approx(factor * raw)
+            continue
+        with pytest.raises(FloatingPointError, match="KL has exploded to 6.82e[+]04 nats between steps 0 and 2"):
+            sbvae.train(config)
+        assert torch.load(tmp_path / "1.001" / "checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_deterministic_is_set_and_unset(tmp_path):
+    for asked in (True, False):
+        sbvae.train(Config(steps=1, batch_size=2, device="cpu", deterministic=asked, out=str(tmp_path / str(asked))))
+        assert torch.are_deterministic_algorithms_enabled() == asked
 
 
 def test_a_diverged_run_ends_with_one_line(tmp_path):
