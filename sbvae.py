@@ -89,6 +89,7 @@ class Config:
     precision: str = option(str, "of the convolutions; default bf16 where the device has units for it, else fp32",
                             ("fp32", "tf32", "bf16"))
     kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
+    cuda_graph: bool = option(bool, "on a GPU: replay each step as one captured graph, without launching its kernels")
     deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
     resume: str = option(str, "carry on the run in this folder, exactly")
@@ -136,7 +137,8 @@ def resolve(config: Config) -> Config:
         gamma=35.0 if factor else 0.0, latents=10, mlp_layers=0 if broadcast else 1, upscales=0,
         conv_layers=5 if not broadcast else 6 if data == "objects" else 3, shuffle_coords=False,
         steps=steps.get(data, 500_000), batch_size=32 if factor else 16, lr=1e-4 if factor else 3e-4, seed=0,
-        device="cuda" if cuda else "cpu", kernel="auto", deterministic=False, out=default_out(c), log_every=200,
+        device="cuda" if cuda else "cpu", kernel="auto", cuda_graph=False, deterministic=False,
+        out=default_out(c), log_every=200,
         save_every=50_000 if cuda else 5_000)
     for f in dataclasses.fields(c):
         if getattr(c, f.name) is None:
@@ -729,8 +731,10 @@ def choose_device(config: Config) -> tuple[torch.device, str, str]:
         raise InputError(f"--device {config.device} cannot be used ({str(e).splitlines()[0]}); choose cpu, or "
                          "cuda[:N] where there is a GPU") from e
     cuda = device.type == "cuda"
-    if not cuda and (device.type != "cpu" or config.precision == "tf32" or config.kernel == "triton"):
-        raise InputError("--precision tf32, --kernel triton and devices other than cpu need a GPU: --device cuda")
+    if not cuda and (device.type != "cpu" or config.precision == "tf32" or config.kernel == "triton"
+                     or config.cuda_graph):
+        raise InputError("--precision tf32, --kernel triton, --cuda-graph and devices other than cpu need a GPU: "
+                         "--device cuda")
     if config.precision:
         return device, config.precision, "as asked, or as the run began"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, which may drop them
@@ -748,6 +752,20 @@ def choose_kernel(config: Config, device) -> str:
     if config.kernel != "auto":
         return f"{config.kernel}, as asked"
     return "triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer, on a CPU"
+
+
+def capture(one_step, generator):
+    """-> a function that does what `one_step` does, and what it is, in words. As a CUDA graph a step is launched
+    as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
+    state, sums and the generator's offset live on the device, and each replay moves them on."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)  # else replays would draw the same numbers again
+        with torch.cuda.graph(graph):
+            one_step()
+    except (RuntimeError, AttributeError) as e:
+        return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:120]})"
+    return graph.replay, "a step is one CUDA graph"
 
 
 def versions() -> dict:
@@ -791,13 +809,14 @@ def train(config: Config) -> dict:
 
     model = build_model(config)
     model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    optimizer = adam(model.parameters(), lr=config.lr)
     generator = torch.Generator(device=device).manual_seed(config.seed)  # of data and noise
     parts, names = {"model": model, "optimizer": optimizer}, ["elbo", "nll", "kl", "latents_used"]
     if factor:
         discriminator = build_discriminator(config.latents, config.seed).to(device)
         # A.2's learning rate; the betas are Kim and Mnih's
-        d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-5, betas=(0.5, 0.9), fused=True)
+        d_optimizer = adam(discriminator.parameters(), lr=2e-5, betas=(0.5, 0.9))
         parts |= {"discriminator": discriminator, "d_optimizer": d_optimizer}
         names += ["tc", "d_loss"]
     step, logged = 0, 0  # the last log line's step, and what has added up since
@@ -835,6 +854,33 @@ def train(config: Config) -> dict:
     print(f"run      {run}, steps {step:,} to {config.steps:,}, batch {config.batch_size}, lr {config.lr:g}, seed "
           f"{config.seed}", flush=True)
 
+    def one_step():  # no line of it waits for the device
+        images = data.sample(config.batch_size, generator)
+        with autocast():
+            out = model(images, generator)
+        loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
+        terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
+        if factor:
+            discriminator.requires_grad_(False)  # here it judges and does not learn
+            tc = total_correlation(discriminator(out.z))
+            loss = loss + config.gamma * tc
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if factor:  # Kim and Mnih, algorithm 2: a second batch gives the permuted latents (ours 10)
+            with torch.no_grad(), autocast():
+                other = reparameterize(*model.encode(data.sample(config.batch_size, generator)), generator)
+            discriminator.requires_grad_(True)
+            d_loss = discriminator_loss(discriminator(out.z.detach()),
+                                        discriminator(permute_latents(other, generator)))
+            d_optimizer.zero_grad()
+            d_loss.backward()
+            d_optimizer.step()
+            terms += [tc, d_loss]
+        healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
+        sums.copy_(torch.where(healthy, sums + torch.stack([term.detach() for term in terms]), sums))
+        added.add_(healthy)
+
     stopped = []  # signals that came
     main_thread = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
@@ -845,36 +891,15 @@ def train(config: Config) -> dict:
 
     bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() else None
     say = bar.write if bar else functools.partial(print, flush=True)
-    first, begun, begun_at = step, time.perf_counter(), step
+    first, begun, begun_at, advance = step, time.perf_counter(), step, one_step
     try:
         for number in handlers:
             signal.signal(number, stop)
         while step < config.steps and not stopped:
-            images = data.sample(config.batch_size, generator)
-            with autocast():
-                out = model(images, generator)
-            loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
-            terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
-            if factor:
-                discriminator.requires_grad_(False)  # here it judges and does not learn
-                tc = total_correlation(discriminator(out.z))
-                loss = loss + config.gamma * tc
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if factor:  # Kim and Mnih, algorithm 2: a second batch gives the permuted latents (ours 10)
-                with torch.no_grad(), autocast():
-                    other = reparameterize(*model.encode(data.sample(config.batch_size, generator)), generator)
-                discriminator.requires_grad_(True)
-                d_loss = discriminator_loss(discriminator(out.z.detach()),
-                                            discriminator(permute_latents(other, generator)))
-                d_optimizer.zero_grad()
-                d_loss.backward()
-                d_optimizer.step()
-                terms += [tc, d_loss]
-            healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
-            sums = torch.where(healthy, sums + torch.stack([term.detach() for term in terms]), sums)
-            added += healthy
+            if config.cuda_graph and step == first + 3:  # libraries and memory are warm now
+                advance, how = capture(one_step, generator)
+                say(f"graph    {how}")
+            advance()
             step += 1
 
             if bar:

@@ -240,6 +240,55 @@ def test_deterministic_is_set_and_unset(tmp_path):
         assert torch.are_deterministic_algorithms_enabled() == asked
 
 
+@pytest.mark.parametrize("model", ["vae", "factorvae"])
+def test_no_step_waits_for_the_device(model, tmp_path, monkeypatch):
+    """Reading a value, or a shape that depends on values, would stall a GPU and cannot be captured in a graph: five
+    steps must do it as often as two, and the same test sees it when a step does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            table = op is torch.ops.aten.index.Tensor and all(i is None or i.dtype != torch.bool for i in args[1])
+            waits = torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+            self.count += waits and not table  # an index by numbers has a known shape, one by a mask has not
+            return op(*args, **kwargs or {})
+
+    def waits(steps):
+        folder = tmp_path / str(random.random())
+        config = Config(model=model, conv_layers=1, steps=steps, batch_size=2, device="cpu", out=str(folder))
+        with Waits() as mode:
+            sbvae.train(config)
+        return mode.count
+
+    monkeypatch.setattr(sbvae, "check_classes", lambda *_: None)  # it looks at the values on a CPU only
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: None)
+    once = waits(2)
+    assert once > 0 and waits(5) == once
+    sample = sbvae.Sprites.sample
+    monkeypatch.setattr(sbvae.Sprites, "sample", lambda *a: (lambda x: x * float(x.isfinite().all()))(sample(*a)))
+    assert waits(5) > once + 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", ["vae", "factorvae"])
+def test_a_captured_step_does_what_an_eager_one_does(model, tmp_path):
+    """200 steps from one seed, in fp32: the log differs by rounding only, and resuming draws on, not again."""
+    records = []
+    for graph in (False, True):
+        config = Config(model=model, steps=100, log_every=50, device="cuda", precision="fp32", cuda_graph=graph,
+                        deterministic=True, out=str(tmp_path / str(graph)))
+        sbvae.train(config)
+        sbvae.train(Config(resume=config.out, steps=200))
+        records.append(history(Path(config.out)))
+    for eager, captured in zip(*records, strict=True):
+        assert captured == pytest.approx(eager, rel=1e-2)
+    weights = [sbvae.load(tmp_path / str(g)).state_dict() for g in (False, True)]
+    for name, eager in weights[0].items():
+        torch.testing.assert_close(weights[1][name], eager, rtol=0.02, atol=2e-3)
+
+
 def test_a_diverged_run_ends_with_one_line(tmp_path):
     done = run(*SMALL, "--steps", 200, "--lr", 1e12, "--out", "r", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
