@@ -754,6 +754,35 @@ def choose_kernel(config: Config, device) -> str:
     return "triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer, on a CPU"
 
 
+def training_step(config, data, generator, model, optimizer, discriminator=None, d_optimizer=None) -> torch.Tensor:
+    """Draw a batch, encode, sample, decode, step down the gradient: the whole of training. -> ELBO, NLL, KL, latents
+    used; FactorVAE adds total correlation and the discriminator's loss. No line of it waits for the device."""
+    device = next(model.parameters()).device
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    images = data.sample(config.batch_size, generator)
+    with autocast():
+        out = model(images, generator)
+    loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
+    terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
+    if discriminator:
+        discriminator.requires_grad_(False)  # here it judges and does not learn
+        tc = total_correlation(discriminator(out.z))
+        loss = loss + config.gamma * tc
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if discriminator:  # Kim and Mnih, algorithm 2: a second batch gives the permuted latents (ours 10)
+        with torch.no_grad(), autocast():
+            other = reparameterize(*model.encode(data.sample(config.batch_size, generator)), generator)
+        discriminator.requires_grad_(True)
+        d_loss = discriminator_loss(discriminator(out.z.detach()), discriminator(permute_latents(other, generator)))
+        d_optimizer.zero_grad()
+        d_loss.backward()
+        d_optimizer.step()
+        terms += [tc, d_loss]
+    return torch.stack([term.detach() for term in terms])
+
+
 def capture(one_step, generator):
     """-> a function that does what `one_step` does, and what it is, in words. As a CUDA graph a step is launched
     as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
@@ -801,7 +830,6 @@ def train(config: Config) -> dict:
     if config.image_shape not in (None, shape):
         raise InputError(f"{config.dataset} has images {shape}; {run} was trained on {config.image_shape}")
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
     # Matrix units want channels last; a CPU's fp32 convolutions are twice as fast without.
@@ -854,31 +882,10 @@ def train(config: Config) -> dict:
     print(f"run      {run}, steps {step:,} to {config.steps:,}, batch {config.batch_size}, lr {config.lr:g}, seed "
           f"{config.seed}", flush=True)
 
-    def one_step():  # no line of it waits for the device
-        images = data.sample(config.batch_size, generator)
-        with autocast():
-            out = model(images, generator)
-        loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
-        terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
-        if factor:
-            discriminator.requires_grad_(False)  # here it judges and does not learn
-            tc = total_correlation(discriminator(out.z))
-            loss = loss + config.gamma * tc
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if factor:  # Kim and Mnih, algorithm 2: a second batch gives the permuted latents (ours 10)
-            with torch.no_grad(), autocast():
-                other = reparameterize(*model.encode(data.sample(config.batch_size, generator)), generator)
-            discriminator.requires_grad_(True)
-            d_loss = discriminator_loss(discriminator(out.z.detach()),
-                                        discriminator(permute_latents(other, generator)))
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
-            terms += [tc, d_loss]
+    def one_step():
+        terms = training_step(config, data, generator, **parts)
         healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
-        sums.copy_(torch.where(healthy, sums + torch.stack([term.detach() for term in terms]), sums))
+        sums.copy_(torch.where(healthy, sums + terms, sums))
         added.add_(healthy)
 
     stopped = []  # signals that came
@@ -940,7 +947,7 @@ def train(config: Config) -> dict:
                 added.zero_()
                 logged, begun, begun_at = step, time.perf_counter(), step
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
-                with autocast():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     save_pictures(run, model, pictured)
             if to_save or stopped:
                 save()

@@ -57,23 +57,14 @@ def naive_step():
 
 
 def our_step():
-    """The lines of `sbvae.train` that do one step on a CPU, in its default precision."""
+    """A step of `sbvae.train` on a CPU, in its default precision."""
     config = sbvae.resolve(sbvae.Config(device="cpu"))
-    device, precision, _ = sbvae.choose_device(config)
-    low = precision == "bf16"
+    config.precision = sbvae.choose_device(config)[1]
+    low = config.precision == "bf16"
     model = sbvae.build_model(config).to(memory_format=torch.channels_last if low else torch.contiguous_format)
     adam = torch.optim.Adam(model.parameters(), lr=3e-4, fused=True)
     data, generator = sbvae.Sprites(), torch.Generator().manual_seed(0)
-
-    def step():
-        x = data.sample(16, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            out = model(x, generator)
-        adam.zero_grad()
-        sbvae.vae_loss(out.logits, x, out.mu, out.logvar)[0].backward()
-        adam.step()
-
-    return step
+    return lambda: sbvae.training_step(config, data, generator, model, adam)
 
 
 def main():
