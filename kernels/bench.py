@@ -11,7 +11,8 @@ allocates on top of its inputs (GPU only). On a GPU a buffer larger than the L2 
 before each repetition, so that nothing is read from cache; times are between CUDA events.
 `--graph` times replays of a CUDA graph, without the cost of launching. `--set NAME=VALUE` changes a
 constant of broadcast_conv.py (_BLOCK, _BACKWARD_TILE, _PIXELS, _CHANNELS, _PROGRAMS, _MAX_IMAGES),
-to tune it on a new GPU. kernels/gpu.sh runs all of it.
+to tune it on a new GPU. `--step` times whole training steps instead (see step.py). kernels/gpu.sh
+runs all of it.
 
 Results go to results/kernel_<device>.csv and .md.
 """
@@ -276,6 +277,8 @@ def main(arguments=None):
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement (default 0.3)")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
+    parser.add_argument("--step", action="store_true", help="time whole training steps (step.py)")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[], metavar="N", help="with --step")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="see above")
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
@@ -300,6 +303,15 @@ def main(arguments=None):
     name = device_name(args.device)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     header = "; ".join([name, versions] + ["CUDA graphs"] * args.graph + args.set)
+    slug = "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    if args.step:
+        from kernels import step
+
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / f"step_{slug}.md", step.main(args, header))
+        print(f"wrote {out}/step_{slug}.md")
+        return 0
     columns = "| " + " | ".join(FIELDS) + " |\n|" + "---|" * len(FIELDS)
     print(header + "\n\n" + columns, flush=True)
     rows = []
@@ -309,7 +321,6 @@ def main(arguments=None):
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    slug = "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
     stem = f"kernel_{slug}" + ("_graph" if args.graph else "")
     table = [columns, *(markdown_row(row) for row in rows)]
     write(out / f"{stem}.md", "\n".join([header, "", *table, "", line, ""]))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER], from the top of the repository.
-# Tests, benchmark (launched and as CUDA graphs), other tile sizes, counters where ncu may be used.
+# Tests, benchmark of the layer (launched and as CUDA graphs) and of whole steps, other tile sizes, counters where ncu may be used.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results/gpu}
@@ -14,6 +14,10 @@ status=$?
 "$python" -m kernels.bench --device cuda --out "$out" 2>&1 | tee "$out/bench.txt" || status=1
 "$python" -m kernels.bench --device cuda --graph --no-compile --out "$out" 2>&1 |
     tee "$out/bench_graph.txt" || status=1
+
+# Whole training steps, and several runs at once.
+"$python" -m pytest -q tests/test_train.py 2>&1 | tee "$out/tests_train.txt"
+"$python" -m kernels.bench --step --replicas 1 2 4 8 --out "$out" 2>&1 | tee "$out/step.txt" || status=1
 
 # One constant at a time, on the shape the targets are set for.
 for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
