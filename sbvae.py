@@ -797,15 +797,22 @@ def capture(one_step, generator):
     return graph.replay, "a step is one CUDA graph"
 
 
-def versions() -> dict:
+def versions(device=None) -> dict:
     """What a result depends on beside the configuration."""
     here, commit = Path(__file__).resolve().parent, None
     if (here / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             commit = subprocess.check_output(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
                                              text=True, stderr=subprocess.DEVNULL).strip()
+    hardware = platform.machine()
+    if device and device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:  # Linux alone tells it
+            hardware = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+        hardware += f", {torch.get_num_threads()} threads"
     return dict(commit=commit, torch=torch.__version__, python=platform.python_version(),
-                platform=platform.platform())
+                platform=platform.platform(), hardware=hardware)
 
 
 def clock(seconds: float) -> str:
@@ -868,7 +875,7 @@ def train(config: Config) -> dict:
 
     log, record = open_log(run, checkpoint)
     with atomically(run / "config.json") as path:
-        path.write_text(json.dumps(dict(config=dataclasses.asdict(config), **versions()), indent=1) + "\n")
+        path.write_text(json.dumps(dict(config=dataclasses.asdict(config), **versions(device)), indent=1) + "\n")
     if not checkpoint:
         save()
     modules = {"encoder": model.encoder, "decoder": model.decoder, "discriminator": parts.get("discriminator")}
