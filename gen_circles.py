@@ -341,7 +341,7 @@ def atomic(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    keep = lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)  # it may be another one's
+    keep = lambda name, flags: os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o666)  # another one's
     while True:
         with open(temporary, "wb", opener=keep) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, or we die

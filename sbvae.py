@@ -52,6 +52,9 @@ except ImportError:
 class InputError(ValueError):
     """What was asked for cannot be done. The message is one line: what is wrong and what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # a file's name may have a line break
+
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -116,18 +119,28 @@ def family(dataset: str | None) -> str:
     return next((f for start, f in official.items() if Path(name).name.startswith(start)), "other")
 
 
+def check_types(config: Config) -> Config:
+    """A copy with paths as text. Raises InputError for values that are not of their flag's type."""
+    c = dataclasses.replace(config)
+    for f in dataclasses.fields(c):
+        value, kind = getattr(c, f.name), f.metadata.get("kind")
+        if isinstance(value, os.PathLike):
+            setattr(c, f.name, value := os.fspath(value))
+        if value is not None and kind and type(value) is not kind and (kind, type(value)) != (float, int):
+            raise InputError(f"{flag(f.name)} must be a {kind.__name__}, not {value!r}")
+        if kind is str and "\0" in (value or ""):
+            raise InputError(f"{flag(f.name)} {value!r} has a zero byte, which no name can have")
+    shape = c.image_shape
+    if shape is not None and not (isinstance(shape, (list, tuple)) and len(shape) == 3 and all(
+            type(n) is int and n > 0 for n in shape)):
+        raise InputError(f"image_shape must be [channels, height, width], not {shape!r}")
+    return c
+
+
 def resolve(config: Config) -> Config:
     """A copy with every None replaced by the paper's value (Tables 1 to 4). Raises InputError for values and
     combinations that make no sense."""
-    c = dataclasses.replace(config)
-    for f in dataclasses.fields(c):  # types first: the rest compares
-        value, kind = getattr(c, f.name), f.metadata.get("kind")
-        if isinstance(value, os.PathLike):
-            setattr(c, f.name, os.fspath(value))
-        elif value is not None and kind and type(value) is not kind and (kind, type(value)) != (float, int):
-            raise InputError(f"{flag(f.name)} must be a {kind.__name__}, not {value!r}")
-    if c.image_shape is not None and (len(c.image_shape) != 3 or min(c.image_shape) < 1):
-        raise InputError(f"image_shape must be [channels, height, width], not {c.image_shape}")
+    c = check_types(config)
     data, factor, broadcast = family(c.dataset), c.model == "factorvae", c.decoder in (None, "broadcast")
     cuda = torch.cuda.is_available() if c.device is None else c.device.startswith("cuda")
     # Table 4 has no FactorVAE on chairs and objects: as many steps as the VAE there (ours 12).
@@ -153,6 +166,8 @@ def resolve(config: Config) -> Config:
     for wrong, message in [
         (c.lr == 0, "--lr must be above 0"),
         (max(c.conv_layers, c.mlp_layers) > 64, "--conv-layers and --mlp-layers go up to 64"),
+        (c.steps > 10**12, "--steps goes up to 10^12"),
+        (max(c.latents, c.batch_size) > 10**6, "--latents and --batch-size go up to 1,000,000"),
         (c.gamma and not factor, "--gamma weighs FactorVAE's penalty; add --model factorvae"),
         (factor and c.batch_size < 2, "--model factorvae permutes over the batch; --batch-size must be at least 2"),
         (c.shuffle_coords and not broadcast, f"--shuffle-coords needs --decoder broadcast, not {c.decoder}"),
@@ -379,12 +394,15 @@ class Encoder(nn.Module):
 
     def __init__(self, channels, height, width, latents, widths=(64, 64, 64, 64)):
         super().__init__()
+        self.shape = (channels, height, width)
         sizes, shrink = (channels, *widths), 2 ** len(widths)
         self.convs = nn.ModuleList(SameConv2d(a, b, 4, stride=2) for a, b in zip(sizes, sizes[1:]))
         self.mlp = mlp(widths[-1] * math.ceil(height / shrink) * math.ceil(width / shrink), 256)
         self.latents = nn.Linear(256, 2 * latents)
 
     def forward(self, h):
+        if h.ndim != 4 or h.shape[1:] != self.shape:
+            raise ValueError(f"images must be (B, {', '.join(map(str, self.shape))}), not {tuple(h.shape)}")
         for conv in self.convs:
             h = F.relu(conv(h))
         with float32(h):
@@ -484,6 +502,8 @@ class VAE(nn.Module):
         return self.encoder(images)
 
     def decode(self, z):  # (B, K) -> logits (B, C, H, W) float32
+        if z.ndim != 2 or z.shape[1] != self.config.latents:
+            raise ValueError(f"z must be (B, {self.config.latents}), not {tuple(z.shape)}")
         return self.decoder(z).float()
 
     def forward(self, images, generator=None) -> Output:
@@ -550,18 +570,26 @@ def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
     NLL of a Bernoulli with these logits (pixels between 0 and 1 count as probabilities), or of a Gaussian with
     this mean and variance 0.3 (A says variance, so sigma is 0.548), its constant included (ours 6).
     KL(N(mu, sigma^2) || N(0, 1)) = sum(mu^2 + sigma^2 - 1 - log sigma^2) / 2. loss = NLL + beta KL; the
-    paper's "ELBO" is the loss at beta = 1. Raises ValueError when shapes disagree.
+    paper's "ELBO" is the loss at beta = 1. Raises ValueError when shapes disagree and, on a CPU, for pixels outside
+    [0, 1] with the Bernoulli.
     """
-    if logits.shape != images.shape or mu.shape != logvar.shape:
+    if logits.shape != images.shape or mu.shape != logvar.shape or mu.shape[:1] != images.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} do not match images {tuple(images.shape)}, or mu "
                          f"{tuple(mu.shape)} logvar {tuple(logvar.shape)}")
     if likelihood == "bernoulli":
+        check_pixels(images)
         nll = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     else:
         squares = F.mse_loss(logits, images, reduction="sum") / len(images)
         nll = 0.5 * (squares / 0.3 + images[0].numel() * math.log(2 * math.pi * 0.3))
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
     return nll + beta * kl, nll, kl
+
+
+def check_pixels(images):
+    """ValueError unless images lie in [0, 1], on a CPU: a GPU would have to wait. NaN passes, and shows later."""
+    if images.device.type == "cpu" and ((images < 0) | (images > 1)).any():
+        raise ValueError(f"images must lie in [0, 1], not {images.min():g} to {images.max():g}")
 
 
 def permute_latents(z: torch.Tensor, generator=None) -> torch.Tensor:
@@ -600,10 +628,19 @@ def atomically(path: Path):
 def read_checkpoint(run: Path) -> tuple[Config, dict]:
     """Configuration and checkpoint of a run folder. Raises InputError when missing, damaged or mixed up."""
     try:
+        for name in ("checkpoint.pt", "config.json"):
+            if (run / name).exists() and not (run / name).is_file():  # to open a pipe could take for ever
+                raise ValueError("not a file")
         if zipfile.ZipFile(run / "checkpoint.pt").testzip():  # torch itself does not look at the checksums
             raise ValueError("wrong checksum")
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         config = resolve(Config(**checkpoint["config"]))
+        step, logged = checkpoint["step"], checkpoint["logged"]
+        if not (type(step) is type(logged) is int and 0 <= logged <= step):
+            raise ValueError("wrong step")
+        sums = checkpoint["sums"]
+        if (sums.shape, sums.dtype) != ((6 if config.model == "factorvae" else 4,), torch.float64):
+            raise ValueError("wrong sums")
         told = json.loads((run / "config.json").read_text())["config"]
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{run} holds no run ({e.filename} is missing); check the path, or train with --out") from e
@@ -629,14 +666,34 @@ def restore(parts: dict, checkpoint: dict, run_dir):
     """Put a checkpoint's states back into what they came from. Raises InputError when they do not fit."""
     try:
         for name, part in parts.items():
-            (part.set_state if name == "generator" else part.load_state_dict)(checkpoint[name])
-    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+            if name.endswith("optimizer"):
+                load_moments(part, checkpoint[name]["state"])
+            elif name == "generator":
+                part.set_state(checkpoint[name])
+            else:
+                part.load_state_dict(checkpoint[name])
+    except Exception as e:  # they raise whatever the content leads them to
         raise InputError(f"{run_dir}/checkpoint.pt is damaged or of another version ({type(e).__name__} in {name}); "
                          "restore it, or train anew with another --out") from e
 
 
+def load_moments(optimizer, state: dict):
+    """Adam's moments from a checkpoint; its settings are the configuration's. Raises an exception unless they are of
+    these weights: `load_state_dict` takes any shape, and the fused step would read and write past the ends."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if state and list(state) != list(range(len(weights))):  # empty before the first step
+        raise ValueError("other weights")
+    for weight, moments in zip(weights, state.values()):
+        like = (weight.shape, weight.dtype)
+        if {name: (value.shape, value.dtype) for name, value in moments.items()} != {
+                "step": (torch.Size(), torch.float32), "exp_avg": like, "exp_avg_sq": like}:
+            raise ValueError("other shapes")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
 def read_run(config: Config) -> tuple[Config, dict | None]:
     """What to train -> resolved config, checkpoint (None for a new run). Raises InputError; writes nothing."""
+    config = check_types(config)
     if config.resume is None:
         run = Path(config.out or default_out(config))
         if (run / "checkpoint.pt").exists():
@@ -663,7 +720,8 @@ def open_log(run: Path, checkpoint: dict | None):
     Raises InputError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        log = open(run / "metrics.jsonl", "a+")  # noqa: SIM115 (it stays open, and locked, during the run)
+        plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # a link could lead to any file
+        log = open(run / "metrics.jsonl", "a+", opener=plain)  # noqa: SIM115 (it stays open, and locked, during the run)
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
     except BlockingIOError as e:
         raise InputError(f"another process is training in {run}; wait for it, or choose another --out") from e
@@ -676,8 +734,14 @@ def open_log(run: Path, checkpoint: dict | None):
         raise InputError(f"another process has just trained in {run}; --resume {run} to carry on from there")
     log.seek(0)
     try:
-        lines = [line for line in log if line.endswith("}\n") and json.loads(line)["step"] <= (before or 0)]
-    except (ValueError, KeyError, TypeError) as e:
+        *lines, half = log.read().split("\n")  # a process that was killed may leave half a line
+        if not half.startswith('{"step": '[: len(half)]):
+            raise ValueError("not a log")
+        steps = [json.loads(line)["step"] for line in lines]
+        lines = [line + "\n" for line, step in zip(lines, steps) if step <= (before or 0)]
+        if checkpoint and steps and checkpoint["logged"] not in (0, *steps):
+            raise ValueError("lines are missing")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{run}/metrics.jsonl is damaged ({type(e).__name__}); restore or remove it") from e
     log.truncate(sum(map(len, lines)))  # later lines will come again; the last one may be half written
     for name in ("checkpoint.pt", "config.json", "reconstructions.png", "traversals.png"):
@@ -864,6 +928,7 @@ def train(config: Config) -> dict:
     pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
 
     def save():
+        os.fsync(log.fileno())  # the checkpoint says how far it goes
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(config=dataclasses.asdict(config), step=step, logged=logged, sums=sums,
                       generator=generator.get_state())
@@ -909,7 +974,8 @@ def train(config: Config) -> dict:
     try:
         for number in handlers:
             signal.signal(number, stop)
-        while step < config.steps and not stopped:
+        leaving = False
+        while step < config.steps and not leaving:
             if config.cuda_graph and step == first + 3:  # libraries and memory are warm now
                 advance, how = capture(one_step, generator)
                 say(f"graph    {how}")
@@ -926,7 +992,8 @@ def train(config: Config) -> dict:
                     + time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left)))
             ending = step == config.steps
             to_log, to_save = ending or step % config.log_every == 0, ending or step % config.save_every == 0
-            if not (to_log or to_save or stopped):
+            leaving = bool(stopped)  # asked once a step: a signal that comes later is heeded in the next
+            if not (to_log or to_save or leaving):
                 continue
             means = dict(zip(names, (sums / added).tolist(), strict=True))  # waits, too
             weights = [p for name in parts if not name.endswith("optimizer") for p in parts[name].parameters()]
@@ -956,7 +1023,7 @@ def train(config: Config) -> dict:
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     save_pictures(run, model, pictured)
-            if to_save or stopped:
+            if to_save or leaving:
                 save()
     finally:
         for number, handler in handlers.items():
@@ -997,6 +1064,7 @@ def parse(arguments=None) -> Config:
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
     try:
         train(parse())
     except (InputError, OSError, FloatingPointError) as e:
