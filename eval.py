@@ -118,7 +118,7 @@ def log_mixture(z, mu, logvar):
 
     Each z must come from one of the components, which keeps the sum away from zero without a maximum taken out.
     """
-    scale = (-0.5 * logvar).exp()
+    scale = (-0.5 * logvar).exp().clamp(max=1e30)  # zero times infinity were NaN
     rows = max(1, 2**20 // len(mu))  # what stays in the cache is faster
     sums = [((part[:, None] - mu) * scale).square_().mul_(-0.5).exp_() @ scale for part in z.split(rows)]
     return torch.cat(sums).log() - math.log(len(mu)) - 0.5 * math.log(2 * math.pi)
@@ -217,7 +217,8 @@ def affine_fit(factors, codes, fit=None):
 
     It is the least-squares map of the points where `fit` (n,) bool is true (None: all of them, and the second
     R^2 is None). R^2 = 1 - squared residuals / squared distances from the mean of these points, both summed
-    over the latents: 1 when one is an affine map of the other, 0 for codes that are constant.
+    over the latents: 1 when the codes are an affine map of the factors, be it of one of them alone, 0 for codes that
+    are constant.
     """
     factors, codes = (np.asarray(a, np.float64) for a in (factors, codes))
     fit = np.ones(len(factors), bool) if fit is None else np.asarray(fit)
@@ -235,12 +236,16 @@ def affine_fit(factors, codes, fit=None):
 
 
 def open_run(path, device=None):
-    """The model of a run folder in eval mode, its data set, both on the device, and its step. Raises InputError."""
+    """The model of a run folder in eval mode, its data set, both on the device, and its step. Raises InputError, also
+    when the data set's images have another shape by now."""
     config, checkpoint = sbvae.read_checkpoint(Path(path))
     model = sbvae.build_model(dataclasses.replace(config, kernel="auto"))
     sbvae.restore({"model": model}, checkpoint, path)
     device = sbvae.choose_device(sbvae.resolve(sbvae.Config(device=device)))[0]
-    return model.eval().to(device), sbvae.load_dataset(config.dataset, device), checkpoint["step"]
+    data = sbvae.load_dataset(config.dataset, device)
+    if model.encoder.shape != (shape := (data.channels, data.height, data.width)):
+        raise sbvae.InputError(f"{config.dataset} has images {shape}; {path} was trained on {model.encoder.shape}")
+    return model.eval().to(device), data, checkpoint["step"]
 
 
 @torch.no_grad()
@@ -326,11 +331,11 @@ def evaluate(run, device=None, votes=800, samples=10_000, seed=0, reuse=False) -
 
     `samples` images of factor classes give MIG and its sampled relative, as many again the variances of the
     FactorVAE metric, half as many from `data.sample` ELBO, NLL, KL and latents used: 5,000 leave an ELBO of sprites
-    uncertain by 2.7, alike for all models, as a seed draws the same images for each. Classes are drawn
-    independently and uniformly, from a data set's hole too and never blank: only with independent factors can MIG
-    and the FactorVAE metric be 1. Continuous factors are in the classes that the data set cuts them into. Where the
-    ground truth, or a complete grid of it, is missing these are None. `reuse`: metrics.json of the same step and
-    estimator is returned as it is. Raises InputError, and OSError when the run cannot be written.
+    uncertain by 2.7, alike for all models, as a seed draws the same images for each (a GPU draws others than a CPU).
+    Classes are drawn independently and uniformly, from a data set's hole too and never blank: only with independent
+    factors can MIG and the FactorVAE metric be 1. Continuous factors are in the classes that the data set cuts them
+    into. Where the ground truth, or a complete grid of it, is missing these are None. `reuse`: metrics.json of the
+    same step and estimator is returned as it is. Raises InputError, and OSError when the run cannot be written.
     """
     run, start = Path(run), time.perf_counter()
     how = estimator(votes, samples, seed)
@@ -415,9 +420,10 @@ def table(results) -> str:
     for metrics in results:
         groups.setdefault(configuration(metrics), []).append(metrics)
     columns = {title: key for title, key in COLUMNS.items() if any(m[key] is not None for m in results)}
-    rows = [["run", "n", *columns]]
+    rows, mixed = [["run", "n", *columns]], len({m["config"]["precision"] for m in results}) > 1
     for group in [[m] for m in results] + [g for g in groups.values() if len(g) > 1]:
-        name = group[0]["run"] if len(group) == 1 else describe(group[0]["config"])
+        config = group[0]["config"]
+        name = group[0]["run"] if len(group) == 1 else describe(config) + f", {config['precision']}" * mixed
         rows.append([name, str(len(group)), *(
             mean_cell([m[key] for m in (group[:1] if key == "step" else group)], DIGITS.get(key, 3))
             for key in columns.values())])
@@ -970,8 +976,8 @@ EXPERIMENTS = {
         models=both("Table 8, 1 layer", "Table 5, 3 layers")),
     "fig3": dict(
         title="Rate, distortion and MIG of β-VAEs on colored sprites", replicas=10, figure="curves",
-        paper="With the Spatial Broadcast decoder the rate-distortion curve lies lower, and MIG is higher. The numbers "
-              "at β = 1 are those of Tables 5 and 8.", models=beta_sweep()),
+        paper="With the Spatial Broadcast decoder the rate-distortion curve lies lower, and MIG is higher. It gives no "
+              "numbers; at β = 1 stand those of the same models in Tables 5 and 8.", models=beta_sweep()),
     "fig4": dict(
         title="Latent geometry: circles in X and Y", replicas=15, figure="geometry", models=both(dataset="circles-xy"),
         paper="The Spatial Broadcast VAE's latents are a near-perfect Euclidean transformation of X and Y, in sharp "
@@ -1142,7 +1148,12 @@ def is_finished(job, every=None, how=None) -> bool:
     metrics = read_metrics(job.run)
     if metrics is None or metrics["step"] != job.steps or how not in (None, metrics["estimator"]):
         return False
-    return not every or any(line["step"] == job.steps for line in read_lines(job.run / "history.jsonl"))
+    return not every or has_stage(read_lines(job.run / "history.jsonl"), job.steps, how)
+
+
+def has_stage(history, step, how) -> bool:
+    """Whether one of these lines is of that step and estimator; lines of several must not make one curve."""
+    return any(line["step"] == step and how in (None, line.get("estimator")) for line in history)
 
 
 @contextlib.contextmanager
@@ -1171,8 +1182,8 @@ def finish(job, every, device, how, say):
     run = job.run
     for stage in [*range(every, job.steps, every), job.steps] if every else [job.steps]:
         start, step = time.perf_counter(), steps_done(run)
-        history = {line["step"]: line for line in read_lines(run / "history.jsonl")}
-        if every and stage in history and stage < job.steps:
+        history = read_lines(run / "history.jsonl")
+        if every and stage < job.steps and has_stage(history, stage, how):
             continue
         if (step or 0) > stage:
             say(f"is past step {stage:,}, which was not evaluated")
@@ -1190,9 +1201,9 @@ def finish(job, every, device, how, say):
                 return
         metrics = evaluate(run, device, how["votes"], how["samples"], how["seed"], reuse=True)
         numbers = {k: metrics[k] for k in COLUMNS.values()}
-        if every:
+        if every and not has_stage(history, stage, how):
             with sbvae.atomically(run / "history.jsonl") as path:
-                lines = (history | {stage: dict(run=str(run), **numbers)}).values()
+                lines = [*history, dict(run=str(run), estimator=how, **numbers)]
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         say(f"step {stage:,}: " + ", ".join(f"{name} {numbers[k]:.{DIGITS.get(k, 3)}f}" for name, k in COLUMNS.items()
             if k != "step" and numbers[k] is not None) + f"; {sbvae.clock(time.perf_counter() - start)}")
@@ -1222,6 +1233,7 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
     """
     jobs, how = list_jobs(name, replicas, steps), estimator(votes, samples, seed)
     rank, world = share_machine()
+    sbvae.choose_device(sbvae.resolve(sbvae.Config(device=device)))
     who = f"rank {rank}: " * (world > 1)
     for job in jobs:
         check_folder(job)
@@ -1240,8 +1252,8 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
                         busy.append(job)
                     elif not is_finished(job, every, how):  # by another, between the two lines above
                         finish(job, every, device, how, say)
-            except sbvae.InputError as e:
-                failed[job.run] = e
+            except (sbvae.InputError, OSError, torch.OutOfMemoryError) as e:
+                failed[job.run] = str(e)  # the exception itself holds on to the model that was too large
                 say(f"error: {e}")
         waiting = busy
         if waiting:
@@ -1249,7 +1261,9 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
                 print(f"{who}waiting for other processes to finish {len(waiting)} runs", flush=True)
             waited = True
             time.sleep(2)
-    if rank == 0:
+    if rank > 0:  # has told its errors. Were it to fail, torchrun would end the first, which has tried the same runs
+        return
+    if len(failed) < len(jobs):  # else what is in results/ may be of better days
         command = f"python eval.py --reproduce {name}" + "".join(
             f" --{flag} {value}" for flag, value, usual in (
                 ("replicas", replicas, None), ("steps", steps, None), ("every", every, None), ("votes", votes, 800),
@@ -1348,7 +1362,7 @@ def write_results(name, jobs, how, command, device=None, out="results"):
     good, histories = {label: [] for label in experiment["models"]}, {label: [] for label in experiment["models"]}
     for job, f in zip(jobs, found, strict=True):
         good[job.label] += [f] * ("elbo" in f)
-        histories[job.label] += f["history"]
+        histories[job.label] += [line for line in f["history"] if line.get("estimator") == how]
     good = {label: runs for label, runs in good.items() if runs}
 
     title = name.replace("fig", "Figure ").replace("table", "Table ")
@@ -1356,7 +1370,7 @@ def write_results(name, jobs, how, command, device=None, out="results"):
             comparison(experiment["models"], jobs, found)]
     share = min(job.steps / paper_steps(experiment["models"][job.label][0]) for job in jobs)
     if share < 1:
-        text.append(f"**Fewer steps than the paper's**, {100 * share:.2g}% of them: the models need not have "
+        text.append(f"**Fewer steps than the paper's**, {100 * share:.3g}% of them: the models need not have "
                     "converged. What can be compared is their order, not their numbers.")
     if good:
         draw_results(experiment, good, out / f"{name}.png", device)
@@ -1375,7 +1389,7 @@ def write_results(name, jobs, how, command, device=None, out="results"):
     text += [f"{f['run']} {f['diverged']}." for f in known if "diverged" in f]
     text.append("Raw: " + ", ".join(f"[{n}](raw/{n}.json)" for n in (Path(f["run"]).name for f in known)))
     with sbvae.atomically(out / f"{name}.md") as path:
-        path.write_text("\n\n".join(text) + "\n")
+        path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     print(f"\n{text[2]}\n\nwritten to {out / name}.md", flush=True)
 
 
@@ -1403,7 +1417,7 @@ def step_seconds(config) -> float:
     return min(seconds[2:])
 
 
-def list_experiments(replicas=None, steps=None):
+def list_experiments(replicas=None, steps=None, device=None):
     """Print what --reproduce knows: what it shows, how many runs it needs and are done, their steps, and the hours that
     training the rest takes here in one process, from a few timed steps of each model."""
     speed, rows, remaining = {}, [["name", "runs", "done", "steps each", "hours", "what"]], {}
@@ -1415,7 +1429,7 @@ def list_experiments(replicas=None, steps=None):
             c = sbvae.resolve(job.config)
             key = (c.decoder, c.model, c.conv_layers, c.mlp_layers, c.upscales, sbvae.family(c.dataset) == "chairs")
             if key not in speed:
-                speed[key] = step_seconds(job.config)
+                speed[key] = step_seconds(dataclasses.replace(job.config, device=device))
             left[job.run] = (job.steps - min(steps_done(job.run) or 0, job.steps)) * speed[key] / 3600
         remaining |= left
         rows.append([name, str(len(jobs)), str(len(jobs) - len(left)), " or ".join(
@@ -1671,7 +1685,6 @@ def explorer_fonts() -> dict:  # size in pixels -> font
     return {size: pygame.font.Font(io.BytesIO(font_bytes()), size) for size in (13, 16)}
 
 
-
 def save_window(surface, run: Path) -> str:
     """Save the window as explore-1.png, explore-2.png, ... in the run folder; say where, or why not."""
     import pygame
@@ -1788,16 +1801,16 @@ def parse(arguments=None):
     return args
 
 
-def evaluate_all(args) -> list[Exception]:
+def evaluate_all(args) -> list[str]:
     """Evaluate args.runs one after the other and print their table; returns what went wrong."""
     results, failures = [], []
     try:
-        for run in args.runs:
+        for run in dict.fromkeys(map(Path, args.runs)):  # a run given twice is one
             try:
                 results.append(evaluate(run, args.device, args.votes, args.samples, args.seed))
                 print(f"{run} took {results[-1]['seconds']:.0f} s", file=sys.stderr)
-            except (sbvae.InputError, OSError) as e:
-                failures.append(e)
+            except (sbvae.InputError, OSError, torch.OutOfMemoryError) as e:
+                failures.append(str(e))
     finally:  # Ctrl-C does not lose what was done before it
         if results:
             print(table(results), flush=True)
@@ -1805,11 +1818,12 @@ def evaluate_all(args) -> list[Exception]:
 
 
 def main(arguments=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # it may not know ² and ±
     failures = []
     try:
         args = parse(arguments)
         if args.list:
-            list_experiments(args.replicas, args.steps)
+            list_experiments(args.replicas, args.steps, args.device)
         elif args.explore is not None:
             explore(args.explore, args.device)
         elif args.reproduce is not None:

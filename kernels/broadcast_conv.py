@@ -985,6 +985,12 @@ class SpatialBroadcastConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
+        sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
+        for name, size in dict(
+            latents=latents, out_channels=out_channels, kernel_size=min(sides), height=height, width=width
+        ).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         coords = coordinates(height, width) if coords is None else coords
         if coords.dim() != 3 or tuple(coords.shape[1:]) != (height, width):
             raise ValueError(f"coords must be (M, {height}, {width}), got {tuple(coords.shape)}")

@@ -1,5 +1,6 @@
 """eval.py's metrics, on codes whose score is known, and its command line, on a run of one step."""
 
+import io
 import json
 import math
 import sys
@@ -209,6 +210,14 @@ def test_sampled_information_is_too_large_by_as_much_as_the_docstring_says(means
              for seed in range(16)]
     assert np.mean(found) == pytest.approx(bias, rel=0.2)
     assert np.mean(found) > 4 * np.std(found) / 4  # it can be told from 0
+
+
+def test_latents_without_noise_give_no_nan():
+    """--beta 0 lets sigma shrink without end, below what a float32 can hold."""
+    mu, factors = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)), torch.arange(400)[:, None] % 4
+    mu = mu + 3 * factors
+    found = [evaluation.mig_sampled(mu, torch.full_like(mu, logvar), factors) for logvar in (-80.0, -170.0, -300.0)]
+    assert found == pytest.approx([1.0] * 3, abs=1e-5)
 
 
 def test_mixture_density_equals_torch_distributions_in_float64():
@@ -575,7 +584,7 @@ def test_reuse_needs_the_same_step_and_estimator(runs, no_pictures):
 
 
 def test_the_table_of_several_runs(runs, no_pictures, capsys):
-    code, out, err = run_main(capsys, runs / "a", runs / "b", runs / "c", *FAST)
+    code, out, err = run_main(capsys, runs / "a", runs / "b", runs / "c", f"{runs / 'a'}/", *FAST)  # a twice is once
     assert code == 0 and "error" not in err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert rows[0][:6] == ["run", "n", "step", "ELBO", "NLL", "KL"] and "R² held out" not in rows[0]
@@ -602,6 +611,9 @@ def test_means_and_deviations_over_seeds_are_of_those_that_have_a_value():
         "| runs/2             | 1 | 7    | 320.0        |               |",
         "| sprites, broadcast | 3 | 7    | 310.0 ± 10.0 | 0.175 ± 0.106 |",
     ]
+    results = [m | dict(config=m["config"] | dict(precision=p)) for p in ("fp32", "bf16") for m in results]
+    names = [line.split("|")[1].strip() for line in evaluation.table(results).splitlines()]
+    assert names[-2:] == ["sprites, broadcast, fp32", "sprites, broadcast, bf16"]
 
 
 def test_configurations_differ_in_what_counts(runs, no_pictures):
@@ -648,6 +660,25 @@ def test_a_run_that_diverged_is_one_line(runs, no_pictures, capsys, monkeypatch)
     assert not (runs / "c/metrics.json").exists()
 
 
+def test_data_of_another_shape_is_one_line(runs, no_pictures, capsys):
+    plain, before = runs / "plain.npz", (runs / "plain.npz").read_bytes()
+    np.savez(plain, images=np.zeros((5, 32, 16), np.uint8))
+    try:
+        code, out, err = run_main(capsys, runs / "d", *FAST)
+    finally:
+        plain.write_bytes(before)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"has images (1, 32, 16); {runs / 'd'} was trained on (1, 16, 16)" in err
+
+
+def test_a_terminal_without_superscripts(runs, no_pictures, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as left:
+        m.setattr(sys, "stdout", out)
+        evaluation.main([str(runs / "a"), *FAST])
+    assert left.value.code == 0 and b"FactorVAE | R\\xb2 " in out.buffer.getvalue()
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "give run folders"),
     (["a", "--list"], "give run folders"),
@@ -675,7 +706,7 @@ def test_the_command_line_calls_the_parts(monkeypatch, capsys):
     for arguments in (["--reproduce", "fig2", "--replicas", "2", "--steps", "9", "--every", "3", "--seed", "1"],
                       ["--list", "--steps", "4"], ["--explore", "runs/x", "--device", "cpu"]):
         assert run_main(capsys, *arguments)[0] == 0
-    assert calls == [("reproduce", "fig2", 2, 9, 3, None, 800, 10_000, 1), ("list_experiments", None, 4),
+    assert calls == [("reproduce", "fig2", 2, 9, 3, None, 800, 10_000, 1), ("list_experiments", None, 4, None),
                      ("explore", "runs/x", "cpu")]
 
 

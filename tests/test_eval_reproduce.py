@@ -229,6 +229,10 @@ def test_results_from_nothing_and_again(tiny, trained, no_figures, monkeypatch, 
         m.setattr(eval, "paper_steps", lambda _: 6)
         eval.write_results("tiny", jobs, eval.estimator(3, 100, 0), "command")
     assert "Fewer steps" not in (tiny / "results" / "tiny.md").read_text()
+    with monkeypatch.context() as m:
+        m.setattr(eval, "paper_steps", lambda _: 1000)
+        eval.write_results("tiny", eval.list_jobs("tiny", steps=998), eval.estimator(3, 100, 0), "command")
+    assert "99.8% of them" in (tiny / "results" / "tiny.md").read_text()
     eval.reproduce("tiny", steps=6, replicas=3, **QUICK)  # one seed more
     assert trained == [(folder(d, 6, 2), 0, 6) for d in ("deconv", "broadcast")]
     trained.clear()
@@ -267,6 +271,17 @@ def test_stages_and_interruptions_leave_no_trace_in_the_weights(tiny, trained, n
     eval.finish(job, 2, "cpu", eval.estimator(3, 100, 0), print)  # other stages: it is too late for them
     assert [line["step"] for line in eval.read_lines(run / "history.jsonl")] == [3, 6, 7]
     assert re.findall(r"past step (\d)", capsys.readouterr().out) == ["2", "4"]
+    how, curves = eval.estimator(3, 99, 0), []  # another estimator: none of its curves has a stage of the first
+    assert not eval.is_finished(job, 3, how)
+    eval.finish(job, 3, "cpu", how, print)
+    assert [(line["step"], line["estimator"]["samples"]) for line in eval.read_lines(run / "history.jsonl")] == [
+        (3, 100), (6, 100), (7, 100), (7, 99)] and eval.is_finished(job, 3, how)
+    monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models={"": (SMALL, None)}))
+    monkeypatch.setattr(eval, "draw_results", lambda *_: None)
+    monkeypatch.setattr(eval, "trend_figure", lambda lines, _: curves.append([line["step"] for line in lines[""]]))
+    for samples in (99, 100):
+        eval.write_results("tiny", [job], eval.estimator(3, samples, 0), "command")
+    assert curves == [[3, 6, 7]]  # and a single step is no curve
 
 
 def test_a_run_that_diverges_is_counted_and_the_rest_goes_on(tiny, no_figures, monkeypatch, capsys):
@@ -325,6 +340,44 @@ def test_what_cannot_be_trained_is_told_at_the_end(tiny, no_figures, monkeypatch
     text = (tiny / "results" / "tiny.md").read_text()
     assert cells(text, "lost", "here")["n"] == "0 of 1, 1 missing"
     assert cells(text, "Spatial Broadcast VAE", "here")["n"] == "1"
+    (tiny / "runs" / folder("broadcast", 4)).write_text("in the way")  # what the system refuses stops no other either
+    monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models=dict([*MODELS.items()][::-1])))
+    with pytest.raises(sbvae.InputError, match=r"^1 of 2 runs failed, the first: .*File exists"):
+        eval.reproduce("tiny", steps=4, replicas=1, **QUICK)
+    assert cells((tiny / "results" / "tiny.md").read_text(), "DeConv VAE", "here")["n"] == "1"
+
+
+def test_only_the_first_process_fails(tiny, monkeypatch, capsys):
+    """As torchrun ends all when one fails, the first perhaps while it writes the results."""
+    monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models={"lost": (dict(SMALL, dataset="gone.npz"), None)}))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    eval.reproduce("tiny", steps=3, **QUICK)
+    assert capsys.readouterr().out.count("error: --dataset gone.npz: ") == 2 and not Path("results").exists()
+
+
+def test_results_outlive_a_failure_of_all_runs(tiny, monkeypatch):
+    monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models={"lost": (dict(SMALL, dataset="gone.npz"), None)}))
+    Path("results").mkdir()
+    Path("results/tiny.md").write_text("of better days")
+    with pytest.raises(sbvae.InputError, match=r"^2 of 2 runs failed"):
+        eval.reproduce("tiny", steps=3, **QUICK)
+    assert Path("results/tiny.md").read_text() == "of better days"
+
+
+def test_a_device_that_is_not_there_leaves_no_trace(tiny):
+    with pytest.raises(sbvae.InputError, match="--device abacus cannot be used"):
+        eval.reproduce("tiny", steps=3, **QUICK | dict(device="abacus"))
+    assert [p.name for p in tiny.iterdir()] == ["tiny.npz"]
+
+
+def test_results_are_utf_8_anywhere(tmp_path):
+    code = "import eval; eval.write_results('fig4', eval.list_jobs('fig4', 1, 9), eval.estimator(9, 99, 0), 'c')"
+    env = dict(os.environ, PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    env.pop("PYTHONIOENCODING", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Mean ± standard deviation" in (tmp_path / "results" / "fig4.md").read_text(encoding="utf-8")
 
 
 def test_claims(tmp_path):
