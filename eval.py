@@ -355,7 +355,7 @@ def evaluate(run, device=None, votes=800, samples=10_000, seed=0, reuse=False) -
         mu, logvar = encode_classes(model, data, classes)
         information = mutual_information(mu, classes)
         scores["mig"] = information_gap(information, classes.numpy())
-        scores["mig_sampled"] = mig_sampled(mu, logvar, classes, seed=seed)
+        scores["mig_sampled"] = mig_sampled(mu.to(data.device), logvar.to(data.device), classes, seed=seed)
         scores["factor_vae"] = factor_vae_metric(
             lambda images: encode(model, images)[0], data.factor_sizes, lambda c: data.draw(c.to(data.device)),
             votes, seed=seed, images=samples)

@@ -48,9 +48,9 @@ FILES = ["checkpoint.pt", "config.json", "metrics.jsonl", "reconstructions.png",
 # code that comes in. A child is a process of its own, can be killed, and ends with an exit code like any other.
 
 NURSERY = """
-import io, json, os, resource, signal, sys, time
+import io, json, os, resource, signal, sys, time, traceback
 import matplotlib.figure, numpy, torch, tqdm
-import datasets, gen_circles, kernels, sbvae
+import datasets, eval, gen_circles, kernels, sbvae
 matplotlib.figure.Figure().savefig(io.BytesIO())
 torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)  # what is imported late is imported now
 torch.set_num_threads(1)
@@ -73,8 +73,16 @@ for line in sys.stdin:
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(value, 0)[1]), text]), flush=True)
 else:
     sys.exit()
-sys.stdin = open(os.devnull)
-exec(value)
+sys.stdin, code = open(os.devnull), 0
+try:
+    exec(value)
+except SystemExit as stop:
+    code = stop.code or 0
+except BaseException:
+    traceback.print_exc()
+    code = 1
+sys.stdout.flush()
+os._exit(code)  # to take the interpreter down properly takes four times as long as a short training
 """
 
 
@@ -84,6 +92,7 @@ class Nursery:
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-c", NURSERY], cwd=folder, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert self.run("print('ready')") == [0, "ready\n"]  # from now on it is quick
 
     def ask(self, what, value):
         self.process.stdin.write(json.dumps([what, value]) + "\n")
@@ -175,19 +184,21 @@ def trace(frame, event, arg):
 sys.settrace(trace)
 """
 COUNT = """
-import atexit
 count = [0]
 def trace(frame, event, arg):
     if os.path.basename(frame.f_code.co_filename) in ("sbvae.py", "gen_circles.py", "datasets.py", "eval.py"):
         count[0] += event == "line"
         return trace
 sys.settrace(trace)
-atexit.register(lambda: print("LINES", count[0]))
+try:
+    exec({code!r})
+finally:
+    print("LINES", count[0])
 """
 
 
 def count_lines(nursery, code):
-    status, text = nursery.run(COUNT + code)
+    status, text = nursery.run(COUNT.format(code=code))
     assert status == 0, text
     return int(text.split("LINES")[-1])
 
@@ -309,7 +320,7 @@ def test_generation_killed_at_random_moments(nursery):
 def test_evaluation_killed_at_random_moments(nursery, whole):
     """metrics.json and the picture are those of an undisturbed evaluation or are not there, and the next one leaves
     nothing else behind."""
-    code = "import eval\neval.main(['--samples', '40', '--votes', '5', 'judged'])"
+    code = "import eval\neval.evaluate('judged', samples=40, votes=5)"
     rng, run, kills = random.Random(2), nursery.folder / "judged", 0
 
     def told():
@@ -363,7 +374,7 @@ def quiet(tmp_path, monkeypatch):
 
 def test_sigterm_at_any_line_saves_the_step_it_tells(quiet):
     """Also during a save: in each line of the loop and of what saves, one after the other. The step told at the end is
-    the one in the checkpoint, and its weights are those of that step."""
+    the one in the checkpoint, and its weights are those of that step. (Every third line without SBVAE_SLOW=1.)"""
     options = TINY | dict(steps=3, log_every=2, save_every=10)
     weights = {}
     for step in (1, 2, 3):
@@ -387,7 +398,7 @@ def test_sigterm_at_any_line_saves_the_step_it_tells(quiet):
         return trace
 
     stops, sent, outer = [], [], sys.gettrace()
-    for moment in itertools.count(1):
+    for moment in itertools.count(1, 1 if SLOW else 3):
         before = len(sent)
         sys.settrace(trace_for(moment))
         try:
@@ -482,7 +493,7 @@ import shutil
 room = shutil.disk_usage('disk').free - {left}
 open('disk/ballast', 'wb').write(bytes(room))
 """
-    for left in (0, 4096, 60_000, 1_000_000, 2_500_000):
+    for left in (0, 60_000, 2_500_000):
         status, text = small.train(*FLAGS, "--steps", 4, "--out", "disk/r")
         assert status == 0, text
         status, text = small.train("--resume", "disk/r", "--steps", 8, before=fill.format(left=left))
@@ -784,29 +795,29 @@ def test_memory_files_and_logs_do_not_grow(nursery):
 
 def test_bare_and_read_only(tmp_path):
     """From another folder, source that can't be written to, and without matplotlib, tqdm, triton, pygame, kernels/,
-    datasets.py, gen_circles.py, a display or a home: it trains, and resumes, and says what it lacks for other data."""
+    datasets.py, gen_circles.py, a display or a home: it trains and resumes."""
     source, away = tmp_path / "source", tmp_path / "away"
     source.mkdir()
     away.mkdir()
     shutil.copy(ROOT / "sbvae.py", source)
     source.chmod(0o555)
     missing = ["matplotlib", "tqdm", "triton", "pygame", "kernels", "datasets", "gen_circles"]
-    code = (f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.path.insert(0, {str(source)!r}); "
-            f"import sbvae; open({str(source)!r} + '/x', 'w') if sys.argv[1:] == ['write'] else sbvae.main()")
-    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    start = lambda *words: subprocess.run(  # noqa: E731
-        [*powerless(), sys.executable, "-c", code, *map(str, words)], cwd=away, env=environment, capture_output=True,
-        text=True, timeout=300)  # fmt: skip
+    code = f"""
+import os, sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.path.insert(0, {str(source)!r})
+import sbvae
+assert not os.access({str(source)!r}, os.W_OK)  # modes count here
+sbvae.main()
+"""
+    words = ["--latents", "3", "--conv-layers", "1", "--batch-size", "2", "--device", "cpu", "--out", "r"]
     try:
-        assert "PermissionError" in start("write").stderr  # modes count here
-        words = ["--latents", "3", "--conv-layers", "1", "--batch-size", "2", "--device", "cpu", "--out", "r"]
-        done = start(*words, "--steps", "1")
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        done = start("--resume", "r", "--steps", "2")
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        assert sorted(p.name for p in (away / "r").iterdir()) == FILES[:3]
-        done = start("--dataset", "objects")
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        for arguments in ([*words, "--steps", "1"], ["--resume", "r", "--steps", "2"]):
+            done = subprocess.run([*powerless(), sys.executable, "-c", code, *arguments], cwd=away, capture_output=True,
+                                  env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}, text=True, timeout=300)
+            assert (done.returncode, done.stderr) == (0, ""), done.stderr
+            assert sorted(p.name for p in (away / "r").iterdir()) == FILES[:3]
+        assert torch.load(away / "r/checkpoint.pt", weights_only=True)["step"] == 2
         assert [p.name for p in source.iterdir()] == ["sbvae.py"]
     finally:
         source.chmod(0o755)
