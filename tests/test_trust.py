@@ -582,6 +582,7 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, about its own old formats
 def test_hostile_run_folders(quiet):
     """Pickles that call, in each place where torch or numpy could find one, and links in place of files."""
     quiet(**TINY | dict(steps=2, out="r"))
