@@ -586,7 +586,8 @@ class Evil:
 def test_hostile_run_folders(quiet):
     """Pickles that call, in each place where torch or numpy could find one, and links in place of files."""
     quiet(**TINY | dict(steps=2, out="r"))
-    Path("precious").write_text("precious")
+    precious = b'{"step": 2}\n{"step": 9}\n'  # of another run: it could pass for this one's log
+    Path("precious").write_bytes(precious)
     pickle.loads(pickle.dumps(Evil()))
     os.rmdir("executed")  # the trap works
     checkpoint = torch.load("r/checkpoint.pt", weights_only=True)
@@ -603,11 +604,11 @@ def test_hostile_run_folders(quiet):
         for how, plant in hostile.items():
             shutil.copytree("r", "h")
             plant(Path("h") / name)
-            for attempt in (lambda: quiet(resume="h", steps=4), lambda: sbvae.load("h")):
-                if attempt and name == "metrics.jsonl" and "load" in attempt.__code__.co_names:
-                    continue  # which does not read it
+            with pytest.raises(sbvae.InputError):
+                quiet(resume="h", steps=4)
+            if name != "metrics.jsonl":
                 with pytest.raises(sbvae.InputError):
-                    attempt()
+                    sbvae.load("h")
             assert not Path("executed").exists(), how
             shutil.rmtree("h")
     for name in (*FILES, *(f".{name}.tmp" for name in FILES)):
@@ -616,7 +617,7 @@ def test_hostile_run_folders(quiet):
         os.symlink("../precious", Path("h", name))
         with contextlib.suppress(sbvae.InputError):
             quiet(resume="h", steps=4)
-        assert Path("precious").read_text() == "precious", name
+        assert Path("precious").read_bytes() == precious, name
         shutil.rmtree("h")
 
 
