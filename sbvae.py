@@ -750,8 +750,9 @@ def open_log(run: Path, checkpoint: dict | None):
 
 
 def save_pictures(run: Path, model: VAE, images: torch.Tensor):
-    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W):
-    around the first one's mean, -2 to 2 in each latent, rows sorted by the mean variance over the images."""
+    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W): around
+    the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by the mean variance over the images.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:  # a run needs no pictures
@@ -760,7 +761,7 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
         mu, logvar = model.encode(images)
         variance = logvar.exp().mean(0)
         order = variance.argsort()[:20].tolist()  # the most informative latent first
-        z = mu[0].repeat(len(order), 11, 1)  # (rows, columns, K)
+        z = mu[mu.square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
         for row, k in enumerate(order):
             z[row, :, k] = torch.linspace(-2, 2, 11)
         sweeps = torch.stack([model.pixels(model.decode(row)) for row in z])

@@ -363,7 +363,7 @@ def test_explore(run, monkeypatch):
 
 def test_names_of_factors(run):
     assert evaluation.named_factors(run, 1) == {}  # never evaluated
-    keys = "run config elbo nll kl latents_used mig mig_sampled factor_vae r2 r2_held_out estimator"
+    keys = "run config elbo nll nll_floor kl latents_used mig mig_sampled factor_vae r2 r2_held_out estimator"
     latents = [dict(index=1, variance=0.1, factor="x", information=1.0),
                dict(index=0, variance=0.9, factor=None, information=0.0)]
     (run / "metrics.json").write_text(json.dumps(dict.fromkeys(keys.split()) | dict(step=1, latents=latents)))

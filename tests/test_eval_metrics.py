@@ -454,7 +454,7 @@ def test_loss_equals_torch_distributions_in_float64(likelihood):
     data = types.SimpleNamespace(sample=lambda n, g: torch.rand(n, 1, 16, 16, generator=g))
     found, variance = evaluation.measure_loss(model, data, samples=70, seed=5)
 
-    generator, nll, kl, used, variances = torch.Generator().manual_seed(5), [], [], [], []
+    generator, nll, kl, used, variances, floor = torch.Generator().manual_seed(5), [], [], [], [], []
     for n in (32, 32, 6):
         images = data.sample(n, generator)
         mu, logvar = model.encode(images)
@@ -464,15 +464,40 @@ def test_loss_equals_torch_distributions_in_float64(likelihood):
         p = (torch.distributions.Bernoulli(logits=logits, validate_args=False) if likelihood == "bernoulli"
              else torch.distributions.Normal(logits, math.sqrt(0.3)))
         nll += (-p.log_prob(images.double()).sum((1, 2, 3))).tolist()
+        exact = (torch.distributions.Bernoulli(images.double(), validate_args=False) if likelihood == "bernoulli"
+                 else torch.distributions.Normal(images.double(), math.sqrt(0.3)))
+        floor += (-exact.log_prob(images.double()).sum((1, 2, 3))).tolist()
         prior = torch.distributions.Normal(torch.zeros(3).double(), 1)
         kl += torch.distributions.kl_divergence(
             torch.distributions.Normal(mu.double(), sigma), prior).sum(1).tolist()
         used += (sigma < 0.5).sum(1).tolist()
         variances.append(sigma.square())
-    for key, expected in dict(nll=np.mean(nll), kl=np.mean(kl), elbo=np.mean(nll) + np.mean(kl)).items():
+    assert np.mean(floor) < np.mean(nll)
+    for key, expected in dict(nll=np.mean(nll), kl=np.mean(kl), elbo=np.mean(nll) + np.mean(kl),
+                              nll_floor=np.mean(floor)).items():
         assert found[key] == pytest.approx(expected, rel=1e-5)  # at beta 7, too
     assert found["latents_used"] == pytest.approx(np.mean(used)) and 1 <= np.mean(used) <= 2
     np.testing.assert_allclose(variance, torch.cat(variances).mean(0).detach().numpy(), rtol=1e-5)
+
+
+def test_no_decoder_goes_below_the_floor_of_colored_sprites():
+    """From the published share of pixels that are on and the law of a channel's value, V (1 - S t): over a uniform hue
+    t is 0 for a third, 1 for a third and uniform in between. Integrated in float64; and by drawing."""
+    u = (np.arange(400) + 0.5) / 400
+    s, v = np.meshgrid(0.3 + 0.4 * u, 0.3 + 0.4 * u)
+    entropy = lambda p: (-p * np.log(p) - (1 - p) * np.log1p(-p)).mean()  # noqa: E731
+    ramp = np.mean([entropy(v * (1 - s * t)) for t in u])
+    per_channel = (entropy(v) + entropy(v * (1 - s)) + ramp) / 3
+    floor = 0.042494423521889584 * 4096 * 3 * per_channel
+    assert floor == pytest.approx(evaluation.SPRITES_FLOOR, abs=0.05)
+    images = sbvae.Sprites().sample(6000, torch.Generator().manual_seed(0)).double()
+    drawn = torch.distributions.Bernoulli(images, validate_args=False).entropy().sum((1, 2, 3))
+    assert abs(drawn.mean() - floor) < 4 * drawn.std() / 6000**0.5 < 10
+    models = {"model": ({}, "Table 5, 3 layers"), "other": ({}, "Table 8, 1 layer")}
+    jobs = [evaluation.Job(label, sbvae.Config(), 1) for label in models]
+    ours = dict.fromkeys([*evaluation.COLUMNS.values(), "hours"], 1.0)
+    text = evaluation.comparison(models, jobs, [ours, ours])
+    assert "Table 5, 3 layers: An NLL below 320.4" in text and text.count("An NLL below") == 1
 
 
 # ------------------------------------------------------------------------------------------ runs, command line
@@ -587,7 +612,7 @@ def test_the_table_of_several_runs(runs, no_pictures, capsys):
     code, out, err = run_main(capsys, runs / "a", runs / "b", runs / "c", f"{runs / 'a'}/", *FAST)  # a twice is once
     assert code == 0 and "error" not in err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
-    assert rows[0][:6] == ["run", "n", "step", "ELBO", "NLL", "KL"] and "R² held out" not in rows[0]
+    assert rows[0][:7] == ["run", "n", "step", "ELBO", "NLL", "NLL floor", "KL"] and "R² held out" not in rows[0]
     assert set("".join(rows[1])) == {"-"} and {len(row) for row in rows} == {len(rows[0])}
     assert [row[:3] for row in rows[2:]] == [[str(runs / "a"), "1", "1"], [str(runs / "b"), "1", "1"],
                                              [str(runs / "c"), "1", "1"],
@@ -595,7 +620,7 @@ def test_the_table_of_several_runs(runs, no_pictures, capsys):
     found = {name: evaluation.read_metrics(runs / name) for name in "abc"}
     mean = (found["a"]["kl"] + found["b"]["kl"]) / 2
     std = abs(found["a"]["kl"] - found["b"]["kl"]) / math.sqrt(2)
-    assert rows[-1][5] == f"{mean:.2f} ± {std:.2f}"
+    assert rows[-1][rows[0].index("KL")] == f"{mean:.2f} ± {std:.2f}"
     assert rows[2][rows[0].index("MIG")] == f"{found['a']['mig']:.3f}"
 
 

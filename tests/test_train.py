@@ -157,6 +157,19 @@ def test_load_gives_the_trained_model(tmp_path):
     assert not torch.equal(fresh.encoder.latents.weight, model.encoder.latents.weight)
 
 
+def test_traversals_go_around_the_mean_nearest_to_the_prior(tmp_path, monkeypatch):
+    model, seen = sbvae.build_model(Config(latents=3, conv_layers=1, image_shape=[1, 8, 12])), []
+    mu, logvar = torch.tensor([[3.0, 0, 0], [0.5, -0.25, 0.1], [2, 2, 2]]), torch.tensor([[0.0, -2, -1]]).expand(3, -1)
+    decode = model.decode
+    monkeypatch.setattr(model, "encode", lambda images: (mu, logvar))
+    monkeypatch.setattr(model, "decode", lambda z: seen.append(z) or decode(z))
+    sbvae.save_pictures(tmp_path, model, torch.rand(3, 1, 8, 12))
+    for k, z in zip((1, 2, 0), seen[:3], strict=True):  # the latent with the least variance first
+        assert torch.equal(z[:, k], torch.linspace(-2, 2, 11))
+        rest = [i for i in range(3) if i != k]
+        assert torch.equal(z[:, rest], mu[1, rest].expand(11, -1))
+
+
 def test_factorvae_gradients_stay_on_their_side(tmp_path, monkeypatch):
     """Where the two losses are made, during training: the discriminator's has no gradient for any weight of the VAE,
     the penalty has one for the encoder and none for the discriminator; and three steps without the discriminator's
