@@ -357,6 +357,8 @@ def _load_npz(path, device, cache_dir, max_bytes, name=None):
                     raise ValueError(f"`factor_names` must be {factors.shape[1]} strings, "
                                      f"is {names.dtype} {names.shape}")
                 names = tuple(names.tolist())
+                if any("\ud800" <= letter <= "\udfff" for letter in "".join(names)):
+                    raise ValueError("`factor_names` are no text: half of a surrogate pair is in them")
         if math.prod(shape) <= max_bytes:
             rows = _fill(_read_rows(stream, shape), shape, device)
         elif archive.getinfo("images.npy").compress_type == zipfile.ZIP_STORED:
@@ -634,6 +636,8 @@ def _read_chair(member, weights):
     import pygame
 
     name, path, offset, size = member
+    if not path.is_file():  # to open a pipe could take for ever
+        raise ValueError(f"{name!r} is not a file")
     size = path.stat().st_size if size is None else size
     if size > MAX_PNG_BYTES:
         raise ValueError(f"{name!r} has {size} bytes, more than an image of 600 x 600 takes")

@@ -51,10 +51,14 @@ ENCODE = 64  # images at once: more leave a CPU's cache (0.65 ms an image and co
 
 def check_codes(codes, factors):
     """-> codes (N, K), factors (N, F) as arrays. ValueError when they are not, or not of the same images."""
+    codes = codes.float() if isinstance(codes, torch.Tensor) and codes.dtype.itemsize == 2 else codes  # a half
     codes, factors = (a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
                       for a in (codes, factors))
-    if codes.ndim != 2 or factors.ndim != 2 or not len(codes) == len(factors) > 0:
+    if codes.ndim != 2 or factors.ndim != 2 or not len(codes) == len(factors) > 0 or not codes.shape[1]:
         raise ValueError(f"codes must be (N, K) and factors (N, F), not {codes.shape} and {factors.shape}")
+    if codes.dtype.kind not in "fiub":
+        raise ValueError(f"codes must be real numbers, not {codes.dtype}")
+    codes = codes.astype(np.float32) if codes.dtype == np.float16 else codes
     if not np.isfinite(codes).all():
         raise ValueError("codes are not finite")
     return codes, factors
@@ -82,9 +86,11 @@ def mutual_information(codes, factors, bins=BINS):
 
     Of the histogram of `bins` equally wide bins and N images it overestimates what is independent, by about
     (bins - 1) (classes - 1) / 2 N: 0.04 nats at 20 bins, 40 classes, 10,000 images. ValueError for wrong
-    shapes and codes that are not finite.
+    shapes, codes that are not finite, and less than one bin.
     """
     codes, factors = check_codes(codes, factors)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
     cells = [histogram_cells(code, bins) for code in codes.T]
     classes = [np.unique(factor, return_inverse=True)[1] for factor in factors.T]
     return np.array([[max(entropy(a) + entropy(b) - entropy(a, b), 0.0) for b in classes] for a in cells])
@@ -142,6 +148,9 @@ def sampled_information(mu, logvar, factors, samples=10_000, seed=0):
     mu, logvar = (torch.as_tensor(a) for a in (mu, logvar))
     check_codes(logvar, factors)
     factors = check_codes(mu, factors)[1]
+    if mu.shape != logvar.shape or samples < 1:
+        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} must agree, samples be at least 1, not "
+                         f"{samples}")
     noise = torch.randn(min(samples, len(mu)), mu.shape[1], generator=torch.Generator().manual_seed(seed))
     z = mu[: len(noise)] + (0.5 * logvar[: len(noise)]).exp() * noise.to(mu)
     information = np.zeros((mu.shape[1], factors.shape[1]))
@@ -182,8 +191,10 @@ def factor_vae_metric(represent, factor_sizes, draw, votes=800, batch=VOTE_IMAGE
     majority of `votes` votes names a factor for each latent; returned is the share of as many fresh votes that
     it gets right. As in disentanglement_lib, latents whose means have a standard deviation below `least_std`
     don't take part, and without any the metric is 0. Neither do factors of a single class. ValueError for codes
-    that are not finite.
+    that are not finite, without votes, and for fewer than two images a vote or in all.
     """
+    if votes < 1 or min(batch, images) < 2:
+        raise ValueError(f"votes must be at least 1, not {votes}, batch and images at least 2, not {batch}, {images}")
     generator, blocks = torch.Generator().manual_seed(seed), []
     varied = torch.tensor([f for f, size in enumerate(factor_sizes) if size > 1])
 
@@ -347,6 +358,26 @@ def evaluate(run, device=None, votes=800, samples=10_000, seed=0, reuse=False) -
     if found and found["estimator"] == how and found["step"] == sbvae.read_checkpoint(run)[1]["step"]:
         return found | {"run": str(run)}  # it may have been moved
     model, data, step = open_run(run, device)
+    with alone(run):
+        return evaluate_model(run, model, data, step, how, start)
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Wait until no other process is in such a block for this folder: two that write the same files under the same
+    temporary names would meet. Where a file system can't lock a folder they may."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def evaluate_model(run, model, data, step, how, start):
+    """`evaluate`, once all is read."""
+    votes, samples, seed = how["votes"], how["samples"], how["seed"]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 proper, on a GPU too
     loss, variance = measure_loss(model, data, how["loss_samples"], seed)
     if not np.isfinite([*loss.values(), *variance]).all():
@@ -384,10 +415,24 @@ def evaluate(run, device=None, votes=800, samples=10_000, seed=0, reuse=False) -
 
 def read_metrics(run) -> dict | None:
     """metrics.json of a run folder, None when there is none or it is damaged."""
+    metrics = read_json(Path(run) / "metrics.json") or {}
+    number, always = lambda x: type(x) in (int, float), ("step", "elbo", "nll", "kl", "latents_used")  # noqa: E731
+    kinds = dict(run=str, config=dict, latents=list, estimator=dict)
+    sound = (all(isinstance(metrics.get(name), kind) for name, kind in kinds.items())
+             and all(number(metrics.get(name)) for name in always)
+             and all(name in metrics and (metrics[name] is None or number(metrics[name])) for name in COLUMNS.values())
+             and all(isinstance(m, dict) and type(m.get("index")) is int and number(m.get("variance"))
+                     and isinstance(m.get("factor", 0), (str, type(None))) for m in metrics["latents"]))
+    return metrics if sound else None
+
+
+def read_json(path) -> dict | None:
+    """The object in a JSON file, None when there is none or it is damaged."""
     try:
-        metrics = json.loads((Path(run) / "metrics.json").read_text())
-        return metrics if {*COLUMNS.values(), "run", "config", "latents", "estimator"} <= set(metrics) else None
-    except (OSError, ValueError, TypeError):
+        with open(path, opener=sbvae.plain_file) as file:
+            found = json.load(file)
+        return found if isinstance(found, dict) else None
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -474,6 +519,11 @@ def new_figure(width=WIDTH, height=4.0, **options):
 
 def save_figure(figure, path):
     """Write a PNG; a reader of `path` never sees half of it."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # names of files and factors are neither formulas nor always text
+        text.set_text(text.get_text().encode(errors="replace").decode())
+        text.set_parse_math(False)
     with sbvae.atomically(Path(path)) as temporary:
         figure.savefig(temporary, format="png", facecolor="white")
     return figure
@@ -1108,26 +1158,31 @@ def list_jobs(name, replicas=None, steps=None) -> list[Job]:
     return jobs
 
 
-def read_json(path) -> dict | None:
-    """The object in a JSON file, None when there is none or it is damaged."""
-    try:
-        found = json.loads(Path(path).read_text())
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
 def read_lines(path) -> list[dict]:
-    """The objects in a JSON lines file; none when there is no such file or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    return []
+    """The objects in a JSON lines file, each of a "step"; none when there is no such file. Raises InputError when it is
+    damaged: written anew from what can be read it would lose the rest."""
+    try:
+        with open(path, opener=sbvae.plain_file) as file:
+            lines = [json.loads(line) for line in file if line.strip()]
+        if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
+            raise ValueError("not a log")
+        return lines
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as e:
+        raise sbvae.InputError(f"{path} is damaged ({type(e).__name__}); restore or remove it") from e
 
 
 def steps_done(run) -> int | None:
     """The step of a run's checkpoint, None where there is none. Raises InputError when it is damaged."""
+    path = run / "checkpoint.pt"
     try:  # mapped, not read: this is asked often
-        return torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        if type(step) is not int:
+            raise ValueError("wrong step")
+        return step
     except FileNotFoundError:
         return None
     except Exception as e:  # torch.load raises whatever the damaged bytes lead it to
@@ -1151,7 +1206,9 @@ def check_folder(job):
 
 def is_finished(job, every=None, how=None) -> bool:
     """Trained and evaluated (with the estimator `how`, if given), or diverged: nothing is left to do."""
-    if (job.run / "diverged.json").exists():
+    if (path := job.run / "diverged.json").exists():
+        if not isinstance((read_json(path) or {}).get("diverged"), str):
+            raise sbvae.InputError(f"{path} is damaged; remove it, and the run is tried again")
         return True
     metrics = read_metrics(job.run)
     if metrics is None or metrics["step"] != job.steps or how not in (None, metrics["estimator"]):
@@ -1169,11 +1226,11 @@ def claim(run):
     """Make the run's folder; yield whether it is ours alone until the end of the block. The system gives the
     claim back when its holder dies, however it dies. A training that was started by hand has one, too."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a") as mine:
+    with open(run / ".lock", "a", opener=sbvae.plain_file) as mine:
         try:
             fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (run / "metrics.jsonl").exists():  # `sbvae.open_log` locks it during the training
-                with open(run / "metrics.jsonl", "a") as log:
+                with open(run / "metrics.jsonl", "a", opener=sbvae.plain_file) as log:
                     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = True
         except BlockingIOError:
@@ -1200,7 +1257,7 @@ def finish(job, every, device, how, say):
             say(f"steps {step or 0:,} to {stage:,}, see its train.log")
             given = dict(resume=str(run)) if step is not None else dict(vars(job.config), out=str(run), device=device)
             try:
-                with open(run / "train.log", "a") as log, contextlib.redirect_stdout(log):
+                with open(run / "train.log", "a", opener=sbvae.plain_file) as log, contextlib.redirect_stdout(log):
                     sbvae.train(sbvae.Config(**given | dict(steps=stage)))
             except FloatingPointError as e:
                 with sbvae.atomically(run / "diverged.json") as path:
@@ -1220,8 +1277,14 @@ def finish(job, every, device, how, say):
 def share_machine() -> tuple[int, int]:
     """-> rank, number of processes, as torchrun tells them (0, 1 without it). Takes this process's GPU, or its share
     of the cores."""
-    rank, world, local, beside = (int(os.environ.get(name, usual)) for name, usual in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    told = {name: os.environ.get(name, usual) for name, usual in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+    try:
+        rank, world, local, beside = map(int, told.values())
+        if not (0 <= rank < world and 0 <= local < beside):
+            raise ValueError("ranks count from 0")
+    except ValueError as e:
+        raise sbvae.InputError(f"these variables do not come from torchrun, unset them: {told}") from e
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())  # "cuda" is from now on this one
     if beside > 1:
@@ -1251,18 +1314,18 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
     while waiting:
         busy = []
         for job in waiting:
-            if is_finished(job, every, how):
-                continue
             say = functools.partial(print, f"{who}{jobs.index(job) + 1} of {len(jobs)} ", job.run, flush=True)
             try:
+                if is_finished(job, every, how):
+                    continue
                 with claim(job.run) as ours:
                     if not ours:
                         busy.append(job)
                     elif not is_finished(job, every, how):  # by another, between the two lines above
                         finish(job, every, device, how, say)
-            except (sbvae.InputError, OSError, torch.OutOfMemoryError) as e:
-                failed[job.run] = str(e)  # the exception itself holds on to the model that was too large
-                say(f"error: {e}")
+            except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
+                failed[job.run] = told(e)  # the exception itself holds on to the model that was too large
+                say(f"error: {failed[job.run]}")
         waiting = busy
         if waiting:
             if not waited:
@@ -1292,12 +1355,15 @@ def collect(job) -> dict:
     told, metrics, diverged = (read_json(job.run / f"{name}.json") or {} for name in ("config", "metrics", "diverged"))
     found = dict(run=str(job.run), config=told.get("config"))
     if diverged:
-        found |= diverged
+        found |= {k: diverged.get(k) for k in ("diverged", "step")}
     elif metrics.get("step") == job.steps and (metrics := read_metrics(job.run)):
         found |= metrics
     seconds, before = 0.0, 0
     for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
-        seconds += (line["step"] - before) * found["config"]["batch_size"] / line["images_per_s"]
+        rate = line.get("images_per_s")
+        if type(rate) is not float or not rate > 0:
+            raise sbvae.InputError(f"{job.run}/metrics.jsonl is damaged: no images_per_s; restore or remove it")
+        seconds += (line["step"] - before) * found["config"]["batch_size"] / rate
         before = line["step"]
     return found | dict(trained={k: v for k, v in told.items() if k != "config"}, hours=seconds / 3600,
                         history=read_lines(job.run / "history.jsonl"))
@@ -1772,7 +1838,7 @@ def explore(run, device=None):
         raise sbvae.InputError(f"--explore: {e}") from e
     model, data, step = open_run(run, device)
     model.to(memory_format=torch.channels_last)
-    title = f"{run.resolve().name}, step {step:,}"
+    title = f"{run.resolve().name}, step {step:,}".encode(errors="replace").decode()  # a name may be no text
     surface = open_window(title)
     try:
         play(start_explorer(model, data, title, named_factors(run, step)), surface, run)
@@ -1821,16 +1887,25 @@ def evaluate_all(args) -> list[str]:
             try:
                 results.append(evaluate(run, args.device, args.votes, args.samples, args.seed))
                 print(f"{run} took {results[-1]['seconds']:.0f} s", file=sys.stderr)
-            except (sbvae.InputError, OSError, torch.OutOfMemoryError) as e:
-                failures.append(str(e))
+            except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
+                failures.append(f"{run}: " * sbvae.lacks_memory(e) + told(e))
     finally:  # Ctrl-C does not lose what was done before it
         if results:
             print(table(results), flush=True)
     return failures
 
 
+def told(e) -> str:
+    """What to say of an exception. One that is neither bad input nor a lack of memory is raised again."""
+    if isinstance(e, (sbvae.InputError, OSError)):
+        return str(e)
+    if not sbvae.lacks_memory(e):
+        raise e
+    return "out of memory; lower --samples, or close other programs"
+
+
 def main(arguments=None):
-    sys.stdout.reconfigure(errors="backslashreplace")  # it may not know ² and ±
+    sbvae.prepare_streams()
     failures = []
     try:
         args = parse(arguments)
@@ -1843,8 +1918,8 @@ def main(arguments=None):
                       args.seed)
         else:
             failures = evaluate_all(args)
-    except (sbvae.InputError, OSError) as e:
-        failures = [e]
+    except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
+        failures = [told(e)]
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     for e in failures:

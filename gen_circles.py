@@ -223,6 +223,8 @@ def file_path(name, out="data"):
 def read(path):
     """A circles file as a dict: arrays, name, num, seed. ValueError if it is damaged or no such."""
     names, found, expected, arrays = (), {}, None, {}
+    if Path(path).exists() and not Path(path).is_file():  # to open a pipe could take for ever
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as file:
         try:
             with np.load(file, allow_pickle=False) as npz:
@@ -341,7 +343,8 @@ def atomic(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    keep = lambda name, flags: os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o666)  # another one's
+    safely = os.O_NOFOLLOW | os.O_NONBLOCK  # links lead anywhere, pipes wait for ever
+    keep = lambda name, flags: os.open(name, flags & ~os.O_TRUNC | safely, 0o666)  # another one's
     while True:
         with open(temporary, "wb", opener=keep) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, or we die
@@ -521,7 +524,7 @@ def preview(path):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line like every other error, without the usage
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def main(argv=None):
@@ -532,6 +535,9 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     parser.add_argument("--out", default="data", help="folder to write to (data)")
     parser.add_argument("--preview", action="store_true", help="also a picture of the data set")
+    # Output goes on where a stream is closed, and where a folder's name is no text.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     try:
@@ -541,7 +547,7 @@ def main(argv=None):
         if args.preview:
             print(preview(path))
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # a name may have a line break
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -132,8 +133,8 @@ def check_types(config: Config) -> Config:
             raise InputError(f"{flag(f.name)} {value!r} has a zero byte, which no name can have")
     shape = c.image_shape
     if shape is not None and not (isinstance(shape, (list, tuple)) and len(shape) == 3 and all(
-            type(n) is int and n > 0 for n in shape)):
-        raise InputError(f"image_shape must be [channels, height, width], not {shape!r}")
+            type(n) is int and n > 0 for n in shape) and math.prod(shape) <= 10**8):
+        raise InputError(f"image_shape must be [channels, height, width], 10^8 numbers at most, not {shape!r}")
     return c
 
 
@@ -570,12 +571,15 @@ def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
     NLL of a Bernoulli with these logits (pixels between 0 and 1 count as probabilities), or of a Gaussian with
     this mean and variance 0.3 (A says variance, so sigma is 0.548), its constant included (ours 6).
     KL(N(mu, sigma^2) || N(0, 1)) = sum(mu^2 + sigma^2 - 1 - log sigma^2) / 2. loss = NLL + beta KL; the
-    paper's "ELBO" is the loss at beta = 1. Raises ValueError when shapes disagree and, on a CPU, for pixels outside
-    [0, 1] with the Bernoulli.
+    paper's "ELBO" is the loss at beta = 1. Raises ValueError for another likelihood, for an empty batch, when shapes
+    disagree and, on a CPU, for pixels outside [0, 1] with the Bernoulli.
     """
-    if logits.shape != images.shape or mu.shape != logvar.shape or mu.shape[:1] != images.shape[:1]:
+    if likelihood not in ("bernoulli", "gaussian") or not images.is_floating_point():
+        raise ValueError(f"likelihood must be bernoulli or gaussian, not {likelihood!r}, and images floating point, not "
+                         f"{images.dtype}")
+    if logits.shape != images.shape or mu.shape != logvar.shape or mu.ndim != 2 or not len(mu) == len(images) > 0:
         raise ValueError(f"logits {tuple(logits.shape)} do not match images {tuple(images.shape)}, or mu "
-                         f"{tuple(mu.shape)} logvar {tuple(logvar.shape)}")
+                         f"{tuple(mu.shape)} logvar {tuple(logvar.shape)}, (B, K) with B > 0")
     if likelihood == "bernoulli":
         check_pixels(images)
         nll = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
@@ -616,6 +620,7 @@ def atomically(path: Path):
     """Yield a temporary path in the same folder and rename it to `path` when all went well: a reader sees the
     old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, which could lead to any file
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -623,6 +628,15 @@ def atomically(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_file(name, flags):
+    """An opener for `open`, not through a link, which could lead to any file, nor of a pipe, which could wait for ever."""
+    number = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(None, "not a file", name)
+    return number
 
 
 def read_checkpoint(run: Path) -> tuple[Config, dict]:
@@ -642,12 +656,13 @@ def read_checkpoint(run: Path) -> tuple[Config, dict]:
         if (sums.shape, sums.dtype) != ((6 if config.model == "factorvae" else 4,), torch.float64):
             raise ValueError("wrong sums")
         told = json.loads((run / "config.json").read_text())["config"]
+        free = (*FREE_ON_RESUME, "out")
+        differ = [n for n, v in checkpoint["config"].items() if n not in free and told.get(n) != v]
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{run} holds no run ({e.filename} is missing); check the path, or train with --out") from e
     except Exception as e:  # torch.load raises whatever the damaged bytes lead it to
         raise InputError(f"{run} holds damaged files or those of another version ({type(e).__name__}); restore them, "
                          "or train anew with another --out") from e
-    differ = [n for n, v in checkpoint["config"].items() if n not in (*FREE_ON_RESUME, "out") and told.get(n) != v]
     if differ:
         raise InputError(f"{run}: checkpoint.pt and config.json are not of one run, they differ in "
                          f"{', '.join(differ)}; restore them, or train anew with another --out")
@@ -679,16 +694,18 @@ def restore(parts: dict, checkpoint: dict, run_dir):
 
 def load_moments(optimizer, state: dict):
     """Adam's moments from a checkpoint; its settings are the configuration's. Raises an exception unless they are of
-    these weights: `load_state_dict` takes any shape, and the fused step would read and write past the ends."""
+    these weights: `load_state_dict` takes any shape and any strides, and the fused step would read and write past the
+    ends."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if state and list(state) != list(range(len(weights))):  # empty before the first step
         raise ValueError("other weights")
-    for weight, moments in zip(weights, state.values()):
-        like = (weight.shape, weight.dtype)
-        if {name: (value.shape, value.dtype) for name, value in moments.items()} != {
-                "step": (torch.Size(), torch.float32), "exp_avg": like, "exp_avg_sq": like}:
+    own = {}
+    for i, (weight, moments) in enumerate(zip(weights, state.values())):
+        like = dict(step=torch.zeros((), device=weight.device), exp_avg=weight, exp_avg_sq=weight)
+        if {n: (v.shape, v.dtype) for n, v in moments.items()} != {n: (v.shape, v.dtype) for n, v in like.items()}:
             raise ValueError("other shapes")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        own[i] = {name: torch.empty_like(like[name]).copy_(value) for name, value in moments.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
 
 
 def read_run(config: Config) -> tuple[Config, dict | None]:
@@ -720,8 +737,7 @@ def open_log(run: Path, checkpoint: dict | None):
     Raises InputError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        plain = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # a link could lead to any file
-        log = open(run / "metrics.jsonl", "a+", opener=plain)  # noqa: SIM115 (it stays open, and locked, during the run)
+        log = open(run / "metrics.jsonl", "ab+", opener=plain_file)  # noqa: SIM115 (it stays open, and locked)
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it with the process, however it dies
     except BlockingIOError as e:
         raise InputError(f"another process is training in {run}; wait for it, or choose another --out") from e
@@ -734,11 +750,11 @@ def open_log(run: Path, checkpoint: dict | None):
         raise InputError(f"another process has just trained in {run}; --resume {run} to carry on from there")
     log.seek(0)
     try:
-        *lines, half = log.read().split("\n")  # a process that was killed may leave half a line
-        if not half.startswith('{"step": '[: len(half)]):
+        *lines, half = log.read().split(b"\n")  # a process that was killed may leave half a line
+        if not half.startswith(b'{"step": '[: len(half)]):
             raise ValueError("not a log")
         steps = [json.loads(line)["step"] for line in lines]
-        lines = [line + "\n" for line, step in zip(lines, steps) if step <= (before or 0)]
+        lines = [line + b"\n" for line, step in zip(lines, steps) if step <= (before or 0)]
         if checkpoint and steps and checkpoint["logged"] not in (0, *steps):
             raise ValueError("lines are missing")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
@@ -924,7 +940,8 @@ def train(config: Config) -> dict:
     most = math.prod(shape) * math.log(256)  # nats of the raw image: a posterior that costs more is of no use
     if checkpoint:
         restore(parts | {"generator": generator}, checkpoint, run)
-        step, logged, sums = checkpoint["step"], checkpoint["logged"], checkpoint["sums"].to(device)
+        step, logged = checkpoint["step"], checkpoint["logged"]
+        sums.copy_(checkpoint["sums"])
     added = torch.tensor(step - logged, device=device)  # steps in the sums
     pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
 
@@ -964,6 +981,7 @@ def train(config: Config) -> dict:
     stopped = []  # signals that came
     main_thread = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    handlers = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}  # as nohup asks for
 
     def stop(number, frame):  # finish the step, save, leave; a second signal ends it at once
         stopped.append(number)
@@ -1012,7 +1030,7 @@ def train(config: Config) -> dict:
                 rate = (step - begun_at) / (time.perf_counter() - begun)
                 record = dict(step=step, **means,
                               images_per_s=rate * config.batch_size, seconds_left=(config.steps - step) / rate)
-                log.write(json.dumps(record) + "\n")
+                log.write(json.dumps(record).encode() + b"\n")
                 log.flush()
                 say(f"step {step:>9,}  ELBO {record['elbo']:8.2f}  NLL {record['nll']:8.2f}  KL {record['kl']:6.2f}  "
                     f"latents used {record['latents_used']:5.2f}  "
@@ -1064,15 +1082,25 @@ def parse(arguments=None) -> Config:
     return Config(**vars(parser.parse_args(arguments)))
 
 
+def prepare_streams():
+    """Output goes on where a stream is closed, and where a folder's name is no text."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def lacks_memory(e: Exception) -> bool:
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and "allocate" in str(e)
+
+
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text
+    prepare_streams()
     try:
         train(parse())
     except (InputError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1 if isinstance(e, FloatingPointError) else 2)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+        if not lacks_memory(e):
             raise
         print("error: out of memory; lower --batch-size", file=sys.stderr)
         sys.exit(2)

@@ -822,9 +822,10 @@ def _pads(padding, kh, kw):
         return 0, 0, 0, 0
     pair = (padding, padding) if isinstance(padding, int) else padding
     valid = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not valid or not all(isinstance(p, int) and p >= 0 for p in pair):
+    if not valid or not all(type(p) is int and 0 <= p < 2**15 for p in pair):
         raise ValueError(
-            f"padding must be 'same', 'valid', an int >= 0 or a pair of them, got {padding!r}"
+            "padding must be 'same', 'valid', an int from 0 to 32,767 or a pair of them, got "
+            f"{padding!r}"
         )
     return pair[1], pair[1], pair[0], pair[0]
 
@@ -921,19 +922,23 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
 
 def _check(z, coords, weight, bias, activation, backend, out_format):
     """Raise ValueError, in one line, for arguments that do not fit together."""
+    given = [t for t in (z, coords, weight, bias) if t is not None]
+    if not all(isinstance(t, torch.Tensor) for t in given):
+        raise ValueError(f"expected tensors, got {[type(t).__name__ for t in given]}")
     if z.dim() != 2 or coords.dim() != 3 or weight.dim() != 4:
         raise ValueError(
             "expected z (B,K), coords (M,H,W) and weight (C,K+M,kh,kw), got "
             f"{tuple(z.shape)}, {tuple(coords.shape)} and {tuple(weight.shape)}"
         )
-    if weight.shape[1] != z.shape[1] + coords.shape[0] or 0 in (*coords.shape, z.shape[1]):
+    if weight.shape[1] != z.shape[1] + coords.shape[0] or 0 in (
+        *coords.shape, z.shape[1], *weight.shape,
+    ):  # fmt: skip
         raise ValueError(
-            f"weight must have K+M = {z.shape[1]}+{coords.shape[0]} input channels (K, M >= 1), "
-            f"got shape {tuple(weight.shape)}"
+            f"weight must have K+M = {z.shape[1]}+{coords.shape[0]} input channels (K, M >= 1) and "
+            f"no side of 0, got shape {tuple(weight.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    given = [t for t in (z, coords, weight, bias) if t is not None]
     if len({t.device for t in given}) > 1:
         devices = ", ".join(str(t.device) for t in given)
         raise ValueError(f"z, coords, weight and bias must be on one device, got {devices}")

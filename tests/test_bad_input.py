@@ -289,7 +289,7 @@ def edits():
             yield f"optimizer.state.0.{name}={str(value)[:9]}", put(value, "optimizer", "state", 0, name)
     for value in (None, torch.zeros(2), 5):
         yield f"model.bias={str(value)[:9]}", put(value, "model", "encoder.latents.bias")
-    for key, value in (("steps", "x"), ("decoder", "x"), ("image_shape", [3]), ("image_shape", "abc"), ("seed", -1),
+    for key, value in (("steps", "x"), ("decoder", "x"), ("image_shape", [3]), ("image_shape", [3, 10**6, 10**6]), ("image_shape", "abc"), ("seed", -1),
                        ("dataset", 5), ("latents", 4), ("latents", 2**55), ("beta", math.nan), ("later_flag", 1)):
         yield f"config.{key}={value}", put(value, "config", key)
 
@@ -312,6 +312,61 @@ def test_checkpoints_of_other_content(edit, tiny, tmp_path):
         sbvae.train(Config(resume=str(run), steps=4))
     one_line(str(error.value))
     assert contents(run) == before
+
+
+def test_moments_and_sums_of_odd_strides(tiny, tmp_path):
+    """Views that stand in one place, or lie otherwise in memory: of the right shapes, but the fused step walks through
+    memory. It must give what plain ones give."""
+    ends = []
+    for odd in (lambda t: t, lambda t: t.mT.contiguous().mT if t.ndim > 1 else torch.stack([t, t], -1)[..., 0]):
+        run = shutil.copytree(tiny[0] / "a", tmp_path / str(len(ends)))
+        checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+        for moments in checkpoint["optimizer"]["state"].values():
+            moments |= {name: odd(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
+        torch.save(checkpoint, run / "checkpoint.pt")
+        sbvae.train(Config(resume=str(run), steps=4))
+        ends.append(sbvae.load(run).state_dict())
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    run = shutil.copytree(tiny[0] / "a", tmp_path / "one place")
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments |= {n: torch.zeros(1).expand(moments[n].shape) for n in ("exp_avg", "exp_avg_sq")}
+    checkpoint["sums"] = torch.zeros(1, dtype=torch.float64).expand(4)
+    torch.save(checkpoint, run / "checkpoint.pt")
+    assert sbvae.train(Config(resume=str(run), steps=8))["step"] == 8
+    assert all(value.isfinite().all() for value in sbvae.load(run).state_dict().values())
+
+
+@pytest.mark.parametrize("content", ["null", "5", "[]", '{"config": null}', '{"config": 5}', '{"config": []}'])
+def test_a_config_json_of_other_content(content, tiny, tmp_path):
+    run = shutil.copytree(tiny[0] / "a", tmp_path / "a")
+    (run / "config.json").write_text(content)
+    for attempt in (lambda: sbvae.load(run), lambda: sbvae.train(Config(resume=str(run), steps=4))):
+        with pytest.raises(InputError, match="damaged") as error:
+            attempt()
+        one_line(str(error.value))
+
+
+def test_a_log_that_an_editor_has_been_at(tiny, tmp_path):
+    """Other ends of lines, letters beyond ASCII: their bytes stay, and what comes is behind them."""
+    for i, edit in enumerate((lambda s: s.replace("\n", "\r\n"), lambda s: s.replace("}", ', "note": "grün"}'))):
+        run = shutil.copytree(tiny[0] / "a", tmp_path / str(i))
+        edited = edit((run / "metrics.jsonl").read_text()).encode()
+        (run / "metrics.jsonl").write_bytes(edited)
+        sbvae.train(Config(resume=str(run), steps=4))
+        now = (run / "metrics.jsonl").read_bytes()
+        assert now.startswith(edited) and [json.loads(x)["step"] for x in now.splitlines()] == [1, 2, 3, 4]
+
+
+def test_losses_of_other_arguments():
+    x, m = torch.rand(2, 1, 4, 5), torch.zeros(2, 3)
+    sbvae.vae_loss(x, x, m, m)
+    for args, more in [((x, x, m, m), dict(likelihood="Bernoulli")), ((x, x, m, m), dict(likelihood=None)),
+                       ((x, x, m[..., None], m[..., None]), {}), ((x, x, m[:, 0], m[:, 0]), {}),
+                       ((x[:0], x[:0], m[:0], m[:0]), {}), ((x, x.bool(), m, m), {}), ((x, x.byte(), m, m), {}),
+                       ((x, x, m[:1], m[:1]), {})]:  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            sbvae.vae_loss(*args, **more)
+        one_line(str(error.value))
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json", "metrics.jsonl"])
