@@ -905,8 +905,9 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
-    # Matrix units want channels last; a CPU's fp32 convolutions are twice as fast without.
-    channels_last = device.type == "cuda" or precision == "bf16"
+    # Matrix units want channels last, and so does same_conv2d; a CPU's other fp32 convolutions may be faster without.
+    fast = same_conv2d is not None and config.decoder == "broadcast"
+    channels_last = device.type == "cuda" or precision == "bf16" or fast
 
     model = build_model(config)
     model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)

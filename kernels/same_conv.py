@@ -1,4 +1,4 @@
-"""The spatial broadcast decoder's other layers on a CPU: "same" convolutions in fewer multiply-adds.
+"""The spatial broadcast decoder's other layers on a CPU: convolutions in fewer multiply-adds.
 
     out = conv2d(pad(x), weight, bias)            stride 1, out as large as x (TensorFlow's "same")
 
@@ -7,10 +7,10 @@ of Watters et al. (2019) on a CPU nearly all is the layer 64 -> 64 at 64x64: k*k
 multiply-adds for each pixel. Units for half precision do them faster; without such units there is
 only doing fewer. Two ways, and the plain convolution for the rest:
 
-Winograd (many channels). One axis first. The m outputs y_i = sum_j w_j x_(i+j) of a tile of m+k-1 inputs
-would take m*k products. Now let polynomials w(t) and v(t) have k and m coefficients. Their product
-has m+k-1, and is determined by its values at m+k-1 points, each the product of two numbers: m+k-1
-products. In matrices, E_n the values of a polynomial with n coefficients at the points,
+Winograd (many channels). One axis first. The m outputs y_i = sum_j w_j x_(i+j) of a tile of m+k-1
+inputs would take m*k products. Now let polynomials w(t) and v(t) have k and m coefficients. Their
+product has m+k-1, and is determined by its values at m+k-1 points, each the product of two numbers:
+m+k-1 products. In matrices, E_n the values of a polynomial with n coefficients at the points,
 
     w * v = E_(m+k-1)^-1 ((E_k w) (E_m v))          elementwise in the middle
 
@@ -30,12 +30,13 @@ times; k=5: 64/16, 6.25 times). What it costs is V and M, 2.6 times the size of 
 small matrices that make them: cheap only where they stay in cache. So the batch goes in pieces,
 channels last, and every step is a long matrix product or a copy. Backward is the transpose of each,
 in reverse: dM = A dy A^T, dU = V^T @ dM, dV = dM @ U^T, dx = the tiles B^T dV B laid out and added
-where they overlap. V is kept for it where weight needs a gradient (44 MB in this layer).
+where they overlap. V is kept for it where weight needs a gradient (44 MB in this layer, 2.6
+times x): to make it again would take a sixth longer.
 
     B=16, 64 -> 64, 64x64, k=4         forward     backward (millions of multiply-adds)
     plain                                 4295     8590
     products M, dU, dV                     709     1418     13 x 13 tiles: 65 x 65 pixels
-    transforms B, A (and transposed)       205     205
+    transforms B and A, transposed         238      238
 
 Few outputs (64 -> 3). A convolution library fills its vectors with output channels, and 3 fill
 none. First multiply, then move: every pixel's products with all k*k*D rows of weight are one matrix
@@ -45,12 +46,37 @@ shifts dy, k*k*D maps, and two products of that size give dx and dweight.
 Errors. float32, against float64, relative to the rms of the exact result, for weights and ReLU
 activations as the decoder has them (64 -> 64, k=4), rms / largest:
 
-ERRORS
+                                  output       dx           dweight      dbias
+    64 -> 64  Winograd            24 / 330     30 / 280     38 / 270     1.1 / 2.8     all 1e-7
+              F.conv2d            3.9 / 47     2.1 / 15     16 / 160     19 / 57
+    64 -> 3   few outputs         1.3 / 8.6    1.3 / 15     2.5 / 14     3.3 / 4.7
+              F.conv2d            3.8 / 34     1.2 / 16     15 / 100     18 / 24
 
-Other points are worse or cost more: 4x4 outputs a tile have half of this error and are slower,
-6x6 have 2.7 times the error and are no faster.
+Tiles of 4x4 outputs at their best points have 0.6 times the error of 5x5 and take a tenth longer,
+6x6 have 2.6 times the error and are no faster (their tiles fit 64 pixels less well).
 
-TIMES
+Which is taken (`same_conv2d`), and by how many times faster than F.conv2d in the same format it is,
+forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguous | channels last:
+
+    64 -> 64, 64x64     1.5 / 1.9 | 1.9 / 3.1     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
+    32 -> 32, 64x64     1.0 / 1.4 | 1.1 / 1.8     Winograd
+    64 -> 16, 64x64     0.9 / 1.5 | 0.95 / 1.5
+    64 -> 64, 16x16     1.0 / 1.4 | 0.95 / 1.4    (256 tiles)
+    64 -> 64, 8x8       0.8 / 1.0 | 0.7 / 1.0     (64 tiles: not taken)
+    16 -> 16, 64x64     0.7 / 1.1 | 0.6 / 1.1     (not taken)
+    k=3, 64 -> 64       1.1 / 2.0 | 1.4 / 2.6
+    k=5, 64 -> 64       1.8 / 2.8 | 2.0 / 3.4
+    k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
+    64 -> 3, 64x64      1.7 / 1.5 | 1.3 / 1.4     D <= 4, C >= 32, H*W >= 1024, k 3 to 5:
+    64 -> 1, 64x64      3.5 / 2.9 | 2.5 / 2.7     few outputs
+    32 -> 3, 64x64      1.4 / 1.4 | 1.0 / 1.1
+    64 -> 6, 64x64      1.1 / 0.9 | 0.9 / 1.0     (not taken)
+
+Only float32 on a CPU, not under autocast or torch.compile; all else is the padded F.conv2d. Where
+it does not pay: few channels, small images, CPUs with bf16 units (then use bfloat16), and two or more
+threads on a machine that others use, as each of the many short operations waits for the slowest
+thread; OMP_WAIT_POLICY=passive helps there. No second derivatives: asking for one is an error. Same
+input and number of threads, same bits.
 """
 
 import functools
@@ -61,7 +87,9 @@ from torch.autograd.function import once_differentiable
 
 _TILE = 8
 _POINTS = (0, 1, -1, 0.5, -0.5, 2, -2)  # and infinity
-_PIECE = 3_000_000  # bytes
+# Bytes of V made at a time: small enough for a last-level cache, large enough that the threads,
+# which wait for each other after every operation, seldom do so.
+_PIECE = 12_000_000
 
 
 # --- Winograd -------------------------------------------------------------------------------------
@@ -78,7 +106,7 @@ def _matrices(k, dtype=torch.float32):
 
     B = torch.linalg.inv(evaluate(_TILE)).T
     scale = B.abs().amax(1, keepdim=True).log2().round().exp2()  # powers of two round nothing
-    return [matrix.to(dtype) for matrix in (evaluate(_TILE + 1 - k), evaluate(k) * scale, B / scale)]
+    return [M.to(dtype) for M in (evaluate(_TILE + 1 - k), evaluate(k) * scale, B / scale)]
 
 
 def _first(matrix, x):
@@ -176,6 +204,8 @@ class _Winograd(torch.autograd.Function):
 
 
 class _FewOut(torch.autograd.Function):
+    """Image by image, so that its k*k*D maps stay in cache."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -184,7 +214,7 @@ class _FewOut(torch.autograd.Function):
         out = x.new_empty(len(x), c_out, height, width)
         for image, to in zip(x, out, strict=True):
             z = torch.mm(taps, image.flatten(1)).view(kh, kw, c_out, height, width)
-            z = F.pad(z, _pads(kh, kw))
+            z = F.pad(z, _pads(kh, kw))  # so that the shifted maps are whole
             to.copy_(0 if bias is None else bias[:, None, None])
             for i in range(kh):
                 for j in range(kw):
@@ -229,6 +259,11 @@ def _format(x):
 
 
 def same_conv2d(x, weight, bias=None):
+    """conv2d(pad(x), weight, bias), stride 1, as large as x, in x's memory format.
+
+    x (B,C,H,W), weight (D,C,kh,kw), bias (D,) or None; any floating dtype and device. Gradients
+    flow to all three.
+    """
     path = _path(x, weight, bias)
     if path == "conv2d":
         pads = left, right, top, bottom = _pads(*weight.shape[2:])
