@@ -58,14 +58,15 @@ Tiles of 4x4 outputs at their best points have 0.6 times the error of 5x5 and ta
 Which is taken (`same_conv2d`), and by how many times faster than F.conv2d in the same format it is,
 forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguous | channels last:
 
-    64 -> 64, 64x64     1.5 / 1.9 | 1.9 / 3.1     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
-    32 -> 32, 64x64     1.0 / 1.4 | 1.1 / 1.8     Winograd
-    64 -> 16, 64x64     0.9 / 1.5 | 0.95 / 1.5
-    64 -> 64, 16x16     1.0 / 1.4 | 0.95 / 1.4    (256 tiles)
-    64 -> 64, 8x8       0.8 / 1.0 | 0.7 / 1.0     (64 tiles: not taken)
+    64 -> 64, 64x64     1.5 / 2.2 | 1.7 / 2.5     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
+    32 -> 32, 64x64     1.0 / 1.6 | 1.0 / 1.6     Winograd
+    64 -> 16, 64x64     0.9 / 1.5 | 0.9 / 1.5
+    64 -> 64, 16x16     1.0 / 1.5 | 1.0 / 1.4     (256 tiles)
+    64 -> 64, 32x32     1.0 / 1.4 | 1.1 / 1.5     B=2 (98 tiles)
+    64 -> 64, 8x8       0.7 / 1.0 | 0.7 / 1.0     (64 tiles: not taken)
     16 -> 16, 64x64     0.7 / 1.1 | 0.6 / 1.1     (not taken)
-    k=3, 64 -> 64       1.1 / 2.0 | 1.4 / 2.6
-    k=5, 64 -> 64       1.8 / 2.8 | 2.0 / 3.4
+    k=3, 64 -> 64       1.0 / 1.7 | 1.2 / 2.1
+    k=5, 64 -> 64       1.7 / 2.7 | 1.8 / 3.0
     k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
     64 -> 3, 64x64      1.7 / 1.5 | 1.3 / 1.4     D <= 4, C >= 32, H*W >= 1024, k 3 to 5:
     64 -> 1, 64x64      3.5 / 2.9 | 2.5 / 2.7     few outputs
@@ -73,9 +74,9 @@ forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguou
     64 -> 6, 64x64      1.1 / 0.9 | 0.9 / 1.0     (not taken)
 
 Only float32 on a CPU, not under autocast or torch.compile; all else is the padded F.conv2d. Where
-it does not pay: few channels, small images, CPUs with bf16 units (then use bfloat16), and two or more
-threads on a machine that others use, as each of the many short operations waits for the slowest
-thread; OMP_WAIT_POLICY=passive helps there. No second derivatives: asking for one is an error. Same
+it does not pay: few channels, small images, CPUs with bf16 units (then use bfloat16), and two or
+more threads on a machine that others use, as each of the many short operations waits for the
+slowest thread; OMP_WAIT_POLICY=passive helps there. No second derivatives: asking for one is an error. Same
 input and number of threads, same bits.
 """
 
