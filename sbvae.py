@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import nn
 
 try:  # broadcast and first convolution in one pass; without it they are two, written out below
-    from kernels import broadcast_conv2d
+    from kernels import broadcast_conv2d, same_conv2d
 except ImportError:
-    broadcast_conv2d = None
+    broadcast_conv2d = same_conv2d = None
 try:
     from tqdm import tqdm
 except ImportError:
@@ -365,6 +365,8 @@ class SameConv2d(nn.Conv2d):
     stride) outputs, and an odd row of zeros goes to the end: 1 before and 2 after for k=4, s=1 (ours 4)."""
 
     def forward(self, x):
+        if same_conv2d is not None and self.stride == (1, 1):  # on a CPU in fewer multiplications
+            return same_conv2d(x, self.weight, self.bias)
         pads = []
         for n, k, s in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):  # width, then height
             total = max((-(-n // s) - 1) * s + k - n, 0)
@@ -920,8 +922,9 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
-    # Matrix units want channels last; a CPU's fp32 convolutions are twice as fast without.
-    channels_last = device.type == "cuda" or precision == "bf16"
+    # Matrix units want channels last, and so does same_conv2d; a CPU's other fp32 convolutions may be faster without.
+    fast = same_conv2d is not None and config.decoder == "broadcast"
+    channels_last = device.type == "cuda" or precision == "bf16" or fast
 
     model = build_model(config)
     model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,0 +1,295 @@
+"""The spatial broadcast decoder's other layers on a CPU: convolutions in fewer multiply-adds.
+
+    out = conv2d(pad(x), weight, bias)            stride 1, out as large as x (TensorFlow's "same")
+
+x (B,C,H,W), weight (D,C,k,k). For k=4 one row of zeros goes before, two after. Of a training step
+of Watters et al. (2019) on a CPU nearly all is the layer 64 -> 64 at 64x64: k*k*C*D = 65,536
+multiply-adds for each pixel. Units for half precision do them faster; without such units there is
+only doing fewer. Two ways, and the plain convolution for the rest:
+
+Winograd (many channels). One axis first. The m outputs y_i = sum_j w_j x_(i+j) of a tile of m+k-1
+inputs would take m*k products. Now let polynomials w(t) and v(t) have k and m coefficients. Their
+product has m+k-1, and is determined by its values at m+k-1 points, each the product of two numbers:
+m+k-1 products. In matrices, E_n the values of a polynomial with n coefficients at the points,
+
+    w * v = E_(m+k-1)^-1 ((E_k w) (E_m v))          elementwise in the middle
+
+For w fixed this is a matrix times v. Its transpose takes m+k-1 inputs to m outputs, and it is the
+sliding sum that we want (Cook-Toom, Winograd):
+
+    y = A^T ((G w) (B x))       A = E_m (8 x m), G = E_k (8 x k), B = (E_(m+k-1)^-1)^T (8 x 8)
+
+The tiles have m+k-1 = 8 inputs, so m = 9-k is 5 for k=4, and the points are 0, +-1, +-1/2, +-2 and
+infinity (where a polynomial's value is its last coefficient). On two axes the same is done to
+columns, then to rows. Elementwise products add up over channels, which makes 64 matrix products:
+
+    V = B x B^T (64, tiles, C)     U = G w G^T (64, C, D)     M = V @ U     y = A^T M A + bias
+
+Products for a pixel and a pair of channels: 64/25 instead of 16, 6.25 times fewer (k=3: 64/36, 5.1
+times; k=5: 64/16, 6.25 times). What it costs is V and M, 2.6 times the size of x and y, and the
+small matrices that make them: cheap only where they stay in cache. So the batch goes in pieces,
+channels last, and every step is a long matrix product or a copy. Backward is the transpose of each,
+in reverse: dM = A dy A^T, dU = V^T @ dM, dV = dM @ U^T, dx = the tiles B^T dV B laid out and added
+where they overlap. V is kept for it where weight needs a gradient (44 MB in this layer, 2.6
+times x): to make it again would take a sixth longer.
+
+    B=16, 64 -> 64, 64x64, k=4         forward     backward (millions of multiply-adds)
+    plain                                 4295     8590
+    products M, dU, dV                     709     1418     13 x 13 tiles: 65 x 65 pixels
+    transforms B and A, transposed         238      238
+
+Few outputs (64 -> 3). A convolution library fills its vectors with output channels, and 3 fill
+none. First multiply, then move: every pixel's products with all k*k*D rows of weight are one matrix
+product (k*k*D,C) @ (C,H*W), and the output is the sum of k*k shifted maps of D channels. Backward
+shifts dy, k*k*D maps, and two products of that size give dx and dweight.
+
+Errors. float32, against float64, relative to the rms of the exact result, for weights and ReLU
+activations as the decoder has them (64 -> 64, k=4), rms / largest:
+
+                                  output       dx           dweight      dbias
+    64 -> 64  Winograd            24 / 330     30 / 280     38 / 270     1.1 / 2.8     all 1e-7
+              F.conv2d            3.9 / 47     2.1 / 15     16 / 160     19 / 57
+    64 -> 3   few outputs         1.3 / 8.6    1.3 / 15     2.5 / 14     3.3 / 4.7
+              F.conv2d            3.8 / 34     1.2 / 16     15 / 100     18 / 24
+
+Tiles of 4x4 outputs at their best points have 0.6 times the error of 5x5 and take a tenth longer,
+6x6 have 2.6 times the error and are no faster (their tiles fit 64 pixels less well).
+
+Which is taken (`same_conv2d`), and by how many times faster than F.conv2d in the same format it is,
+forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguous | channels last:
+
+    64 -> 64, 64x64     1.5 / 2.2 | 1.7 / 2.5     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
+    32 -> 32, 64x64     1.0 / 1.6 | 1.0 / 1.6     Winograd
+    64 -> 16, 64x64     0.9 / 1.5 | 0.9 / 1.5
+    64 -> 64, 16x16     1.0 / 1.5 | 1.0 / 1.4     (256 tiles)
+    64 -> 64, 32x32     1.0 / 1.4 | 1.1 / 1.5     B=2 (98 tiles)
+    64 -> 64, 8x8       0.7 / 1.0 | 0.7 / 1.0     (64 tiles: not taken)
+    16 -> 16, 64x64     0.7 / 1.1 | 0.6 / 1.1     (not taken)
+    k=3, 64 -> 64       1.0 / 1.7 | 1.2 / 2.1
+    k=5, 64 -> 64       1.7 / 2.7 | 1.8 / 3.0
+    k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
+    64 -> 3, 64x64      1.7 / 1.5 | 1.3 / 1.4     D <= 4, C >= 32, H*W >= 1024, k 3 to 5:
+    64 -> 1, 64x64      3.5 / 2.9 | 2.5 / 2.7     few outputs
+    32 -> 3, 64x64      1.4 / 1.4 | 1.0 / 1.1
+    64 -> 6, 64x64      1.1 / 0.9 | 0.9 / 1.0     (not taken)
+
+Only float32 on a CPU, not under autocast or torch.compile; all else is the padded F.conv2d. Where
+it does not pay: few channels, small images, CPUs with bf16 units (then use bfloat16), and two or
+more threads on a machine that others use, as each of the many short operations waits for the
+slowest thread (measured with 3 busy processes on 2 cores: 0.7 times as fast as F.conv2d; with
+OMP_WAIT_POLICY=passive 2.1 times). No second derivatives: asking for one is an error. Same input
+and number of threads, same bits.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+_TILE = 8
+_POINTS = (0, 1, -1, 0.5, -0.5, 2, -2)  # and infinity
+# Bytes of V made at a time: small enough for a last-level cache, large enough that the threads,
+# which wait for each other after every operation, seldom do so.
+_PIECE = 12_000_000
+
+
+# --- Winograd -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _matrices(k, dtype=torch.float32):
+    """A (8,m), G (8,k), B (8,8) of y = A^T ((G w) * (B x)): 8 inputs, k taps, m = 9 - k outputs."""
+    points = torch.tensor(_POINTS, dtype=torch.float64)
+
+    def evaluate(size):  # a polynomial with so many coefficients; at infinity only the last counts
+        last = torch.zeros(1, size, dtype=torch.float64).index_fill_(1, torch.tensor(size - 1), 1)
+        return torch.cat([points[:, None] ** torch.arange(size), last])
+
+    B = torch.linalg.inv(evaluate(_TILE)).T
+    scale = B.abs().amax(1, keepdim=True).log2().round().exp2()  # powers of two round nothing
+    return [M.to(dtype) for M in (evaluate(_TILE + 1 - k), evaluate(k) * scale, B / scale)]
+
+
+def _first(matrix, x):
+    """`matrix` along the first axis of x: one long product."""
+    return torch.mm(matrix, x.reshape(len(x), -1)).view(len(matrix), *x.shape[1:])
+
+
+def _second(matrix, x):
+    """`matrix` along the second axis of x."""
+    return torch.matmul(matrix, x.flatten(2)).view(len(x), len(matrix), *x.shape[2:])
+
+
+def _tiles(x, k):
+    """V (64,tiles,C): the overlapping 8x8 tiles of images x (N,H,W,C), B applied to both axes."""
+    B, m, before = _matrices(k)[2], _TILE + 1 - k, (k - 1) // 2
+    height, width = (m * (-(-n // m) + 1) for n in x.shape[1:3])
+    x = F.pad(x, (0, 0, before, width - before - x.shape[2], before, height - before - x.shape[1]))
+    v = _first(B, x.unfold(1, _TILE, m).movedim(-1, 0))  # (8,N,rows,width,C)
+    return _first(B, v.unfold(3, _TILE, m).movedim(-1, 0)).view(64, -1, x.shape[3])
+
+
+def _overlap(v, dim, m):
+    """The transpose of unfold(dim - 1, 8, m).movedim(-1, 0): tiles laid out and added up."""
+    v = v.movedim(0, dim)
+    tiles = v.shape[dim - 1]
+    out = v.new_zeros(*v.shape[: dim - 1], tiles + 1, m, *v.shape[dim + 1 :])
+    out.narrow(dim - 1, 0, tiles).copy_(v.narrow(dim, 0, m))
+    out.narrow(dim - 1, 1, tiles).narrow(dim, 0, _TILE - m).add_(v.narrow(dim, m, _TILE - m))
+    return out.flatten(dim - 1, dim)
+
+
+class _Winograd(torch.autograd.Function):
+    """In pieces of the batch that stay in cache; within a piece channels come last."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        c_out, c_in, k, _ = weight.shape
+        batch, _, height, width = x.shape
+        m = _TILE + 1 - k
+        rows, cols = -(-height // m), -(-width // m)
+        A, G, _ = _matrices(k, torch.float64)
+        U = torch.einsum("jq,ip,dcpq->jicd", G, G, weight.double()).to(x.dtype)
+        U, At = U.reshape(64, c_in, c_out), A.T.to(x.dtype)
+        out = torch.empty_like(x[:, :1].expand(-1, c_out, -1, -1), memory_format=_format(x))
+        step = max(1, _PIECE // (4 * 64 * rows * cols * c_in))
+        saved = []
+        for here, to in zip(*(t.permute(0, 2, 3, 1).split(step) for t in (x, out)), strict=True):
+            V = _tiles(here, k)
+            if ctx.needs_input_grad[1]:
+                saved.append(V)
+            y = torch.bmm(V, U).view(8, 8, len(here), rows, cols, c_out)
+            y = _second(At, _first(At, y)).permute(2, 3, 1, 4, 0, 5)  # (N,rows,m,cols,m,c_out)
+            y = y.reshape(len(here), rows * m, cols * m, c_out)[:, :height, :width]
+            to.copy_(y) if bias is None else torch.add(y, bias, out=to)
+        ctx.save_for_backward(U, *saved)
+        ctx.arguments = k, step, _format(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        U, *saved = ctx.saved_tensors
+        k, step, memory_format = ctx.arguments
+        (batch, c_out, height, width), c_in = grad.shape, U.shape[1]
+        A, _, B = _matrices(k)
+        m, before = _TILE + 1 - k, (k - 1) // 2
+        rows, cols = -(-height // m), -(-width // m)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if need_x:
+            shape = batch, c_in, height, width
+            grad_x = torch.empty(shape, dtype=grad.dtype, memory_format=memory_format)
+        dU = torch.zeros_like(U)
+        last = grad.permute(0, 2, 3, 1)
+        for i, g in enumerate(last.split(step) if need_x or need_weight else ()):
+            n = len(g)
+            g = F.pad(g, (0, 0, 0, cols * m - width, 0, rows * m - height))
+            g = g.unflatten(1, (rows, m)).unflatten(3, (cols, m)).permute(4, 2, 0, 1, 3, 5)
+            dM = _first(A, _second(A, g)).view(64, -1, c_out)
+            if need_weight:
+                dU.baddbmm_(saved[i].mT, dM)
+            if need_x:
+                v = torch.bmm(dM, U.mT).view(8, 8, n, rows, cols, c_in)
+                v = _overlap(_first(B.T, _overlap(_first(B.T, v), 4, m)), 2, m)
+                v = v[:, before : before + height, before : before + width]
+                grad_x[i * step : i * step + n] = v.permute(0, 3, 1, 2)
+        if need_weight:
+            G = _matrices(k, torch.float64)[1]
+            dU = dU.view(8, 8, c_in, c_out).double()
+            grad_weight = torch.einsum("jq,ip,jicd->dcpq", G, G, dU).to(grad.dtype)
+        return grad_x, grad_weight, last.sum((0, 1, 2)) if need_bias else None
+
+
+# --- few output channels --------------------------------------------------------------------------
+
+
+class _FewOut(torch.autograd.Function):
+    """Image by image, so that its k*k*D maps stay in cache."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        (c_out, c_in, kh, kw), (height, width) = weight.shape, x.shape[2:]
+        taps = weight.permute(2, 3, 0, 1).reshape(-1, c_in)
+        out = x.new_empty(len(x), c_out, height, width)
+        for image, to in zip(x, out, strict=True):
+            z = torch.mm(taps, image.flatten(1)).view(kh, kw, c_out, height, width)
+            z = F.pad(z, _pads(kh, kw))  # so that the shifted maps are whole
+            to.copy_(0 if bias is None else bias[:, None, None])
+            for i in range(kh):
+                for j in range(kw):
+                    to += z[i, j, :, i : i + height, j : j + width]
+        return out.contiguous(memory_format=_format(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        c_out, c_in, kh, kw = weight.shape
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        taps = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, c_in)
+        grad_x = torch.empty_like(x, memory_format=_format(x)) if need_x else None
+        d_taps = torch.zeros_like(taps)
+        left, right, top, bottom = _pads(kh, kw)
+        padded = F.pad(grad, (right, left, bottom, top))
+        windows = padded.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 4, 5, 1, 2, 3)
+        for i in range(len(x) if need_x or need_weight else 0):
+            g = windows[i].reshape(len(taps), -1)
+            if need_x:
+                d = torch.mm(g.T, taps).view(*x.shape[2:], c_in)
+                grad_x[i] = d.permute(2, 0, 1)
+            if need_weight:
+                d_taps.addmm_(g, x[i].flatten(1).T)
+        if need_weight:
+            d_weight = d_taps.view(kh, kw, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
+        return grad_x, d_weight if need_weight else None, grad.sum((0, 2, 3)) if need_bias else None
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def _pads(kh, kw):
+    """(left, right, top, bottom): for an even kernel one more at the end."""
+    return (kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2
+
+
+def _format(x):
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def same_conv2d(x, weight, bias=None):
+    """conv2d(pad(x), weight, bias), stride 1, as large as x, in x's memory format.
+
+    x (B,C,H,W), weight (D,C,kh,kw), bias (D,) or None; any floating dtype and device. Gradients
+    flow to all three.
+    """
+    path = _path(x, weight, bias)
+    if path == "conv2d":
+        pads = left, right, top, bottom = _pads(*weight.shape[2:])
+        if left == right and top == bottom:  # the convolution pads without a copy
+            return F.conv2d(x, weight, bias, padding=(top, left))
+        return F.conv2d(F.pad(x, pads), weight, bias)
+    return (_Winograd if path == "winograd" else _FewOut).apply(x, weight, bias)
+
+
+def _path(x, weight, bias):
+    """Which of "winograd", "few outputs" and "conv2d" takes these arguments."""
+    given = [t for t in (x, weight, bias) if t is not None]
+    if (
+        any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given)
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()  # it would unroll the pieces
+    ):
+        return "conv2d"
+    (c_out, c_in, k, kw), (batch, _, height, width) = weight.shape, x.shape
+    if k != kw or not 3 <= k <= 5:
+        return "conv2d"
+    if c_out <= 4 and c_in >= 32 and height * width >= 1024:
+        return "few outputs"
+    m = _TILE + 1 - k
+    tiles = batch * -(-height // m) * -(-width // m)
+    enough = min(c_in, c_out) >= 16 and c_in * c_out >= 1024 and tiles >= 96
+    return "winograd" if enough else "conv2d"

@@ -1,0 +1,228 @@
+"""kernels/same_conv.py against the padded convolution in float64, path by path, and its rules."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import same_conv
+from kernels.same_conv import same_conv2d
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PATHS = {"winograd": same_conv._Winograd, "few outputs": same_conv._FewOut}
+
+
+def plain(x, weight, bias):
+    """TensorFlow's rule: k - 1 rows of zeros, the odd one at the end."""
+    low = [(n - 1) // 2 for n in weight.shape[2:]]
+    pads = low[1], weight.shape[3] - 1 - low[1], low[0], weight.shape[2] - 1 - low[0]
+    return F.conv2d(F.pad(x, pads), weight, bias)
+
+
+def case(batch, c_in, c_out, height, width, k, bias=True, layout="contiguous", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, c_in, height, width, generator=g).contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.randn(c_out, c_in, k, k, generator=g) / (c_in * k * k) ** 0.5
+    tensors = [x, weight] + ([torch.randn(c_out, generator=g)] if bias else [])
+    upstream = torch.randn(batch, c_out, height, width, generator=g)
+    return [t.requires_grad_() for t in tensors], upstream
+
+
+def results(layer, tensors, upstream):
+    """Output and the gradients of all tensors, None where there is no bias."""
+    bias = tensors[2] if len(tensors) > 2 else None
+    out = layer(tensors[0], tensors[1], bias)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out))]
+
+
+def exact(tensors, upstream, layer=plain):
+    return results(layer, [t.detach().double().requires_grad_() for t in tensors], upstream)
+
+
+def errors(actual, expected):
+    """Largest error of each, relative to the rms of what is expected."""
+    assert len(actual) == len(expected)
+    pairs = list(zip(actual, expected, strict=True))
+    assert all(a.shape == e.shape for a, e in pairs)
+    return [((a - e).abs().max() / e.square().mean().sqrt()).item() for a, e in pairs]
+
+
+def close(actual, expected):
+    return max(errors(actual, expected)) < 3e-4
+
+
+SWEEP = list(itertools.product([3, 4, 5], ["contiguous", "channels_last"], [True, False], range(3)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("k, layout, bias, seed", SWEEP)
+def test_as_float64(path, k, layout, bias, seed):
+    rng = random.Random(f"{path} {k} {layout} {bias} {seed}")
+    sizes = [rng.choice(n) for n in ([1, 2, 3], [1, 2, 5], [1, 3, 4], [1, 2, 5, 7, 10, 13], [1, 3, 6, 8, 15, 21])]
+    tensors, upstream = case(*sizes, k, bias, layout, seed)
+    layer = lambda x, w, b: PATHS[path].apply(x, w, b)
+    assert close(results(layer, tensors, upstream), exact(tensors, upstream)), sizes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path, sizes", [
+    ("winograd", (2, 64, 64, 64, 64, 4)), ("winograd", (3, 32, 48, 31, 42, 4)), ("winograd", (3, 32, 32, 37, 30, 3)),
+    ("winograd", (7, 64, 32, 17, 24, 5)),
+    ("few outputs", (2, 64, 3, 64, 64, 4)), ("few outputs", (2, 64, 1, 33, 40, 3)),
+    ("conv2d", (2, 8, 8, 9, 12, 4)), ("conv2d", (2, 8, 8, 9, 12, 3)), ("conv2d", (2, 8, 8, 9, 12, 1)),
+])
+def test_the_chosen_path(path, sizes, layout):
+    tensors, upstream = case(*sizes, layout=layout)
+    assert same_conv._path(*tensors) == path
+    got, expected = results(same_conv2d, tensors, upstream), exact(tensors, upstream)
+    assert close(got, expected)
+    assert got[0].is_contiguous(memory_format=LAYOUTS[layout])
+    rms = [(a - e).square().mean().sqrt() / e.square().mean().sqrt() for a, e in zip(got, expected, strict=True)]
+    assert max(rms) < 1e-5  # as the docstring says
+
+
+def test_rules():
+    path = lambda *sizes, **how: same_conv._path(*(t.to(**how) for t in case(*sizes)[0]))
+    assert path(16, 64, 64, 64, 64, 4) == path(16, 64, 64, 16, 16, 4) == path(1, 64, 64, 64, 64, 4) == "winograd"
+    assert path(16, 64, 3, 64, 64, 4) == path(1, 64, 1, 32, 32, 4) == "few outputs"
+    assert path(16, 64, 64, 8, 8, 4) == "conv2d"  # too few tiles
+    assert path(16, 16, 16, 64, 64, 4) == path(16, 3, 64, 64, 64, 4) == "conv2d"  # too few channels
+    assert path(16, 64, 3, 8, 8, 4) == path(2, 16, 3, 64, 64, 4) == "conv2d"
+    assert path(2, 64, 64, 64, 64, 6) == path(2, 64, 64, 64, 64, 2) == path(2, 64, 3, 64, 64, 1) == "conv2d"
+    assert path(2, 64, 64, 64, 64, 4, dtype=torch.float64) == "conv2d"
+    assert path(2, 64, 64, 64, 64, 4, device="meta") == "conv2d"
+    tensors, _ = case(1, 32, 32, 50, 50, 3)  # 81 tiles
+    assert same_conv._path(*tensors) == "conv2d"
+    tensors, _ = case(1, 32, 32, 55, 55, 3)  # 100
+    assert same_conv._path(*tensors) == same_conv._path(*tensors[:2], None) == "winograd"
+    assert same_conv._path(tensors[0], torch.zeros(32, 32, 3, 4), None) == "conv2d"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_conv._path(*tensors) == "conv2d" and same_conv2d(*tensors).dtype == torch.bfloat16
+
+
+def test_rectangular_kernels_and_empty_batches():
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, 7, generator=g), torch.randn(4, 3, 2, 5, generator=g)
+    assert close([same_conv2d(x, weight)], [plain(x.double(), weight.double(), None)])
+    for layer in (same_conv2d, *(p.apply for p in PATHS.values())):
+        tensors, upstream = case(0, 64, 3, 32, 32, 4)
+        got = results(layer, tensors, upstream)
+        assert got[0].shape == (0, 3, 32, 32) and got[1].shape == (0, 64, 32, 32)
+        assert not got[2].any() and not got[3].any()
+
+
+@pytest.mark.parametrize("sizes", [(2, 32, 32, 40, 40, 4), (2, 32, 3, 40, 40, 4)])
+def test_strided_inputs(sizes):
+    """Slices, transposed and expanded tensors, as input, weight and upstream gradient."""
+    (x, weight, bias), upstream = case(*sizes)
+    g = torch.Generator().manual_seed(1)
+    views = [
+        (torch.randn(2, 32, 80, 40, generator=g)[:, :, ::2], weight),
+        (x.detach().transpose(2, 3), weight.detach().transpose(2, 3)),
+        (torch.randn(1, 32, 40, 40, generator=g).expand(2, -1, -1, -1), weight[:, :1].detach().expand(-1, 32, -1, -1)),
+        (torch.randn(2, 1, 1, 40, generator=g).expand(-1, 32, 40, -1), weight),
+    ]
+    for image, kernel in views:
+        for up in (upstream, upstream.transpose(2, 3), torch.ones(()).expand_as(upstream)):
+            tensors = [t.detach().requires_grad_() for t in (image, kernel, bias)]
+            assert same_conv._path(*tensors) != "conv2d"
+            assert close(results(same_conv2d, tensors, up), exact(tensors, up))
+
+
+@pytest.mark.parametrize("sizes", [(1, 32, 32, 50, 50, 4), (1, 64, 3, 40, 40, 4)])
+def test_the_comparator_sees_mistakes(sizes):
+    def shifted(x, w, b):
+        return F.conv2d(F.pad(x, (2, 1, 2, 1)), w, b)
+
+    wrong = {
+        "zeros": lambda x, w, b: plain(x, w, b) * 0,
+        "swapped axes": lambda x, w, b: plain(x, w, b).transpose(2, 3),
+        "no bias": lambda x, w, b: plain(x, w, b * 0),
+        "padded one off": shifted,
+        "transposed kernel": lambda x, w, b: plain(x, w.transpose(2, 3), b),
+        "flipped kernel": lambda x, w, b: plain(x, w.flip(2, 3), b),
+        "one pixel": lambda x, w, b: torch.cat([plain(x, w, b)[..., :-1], plain(x, w, b)[..., -1:] * 1.01], -1),
+    }
+    tensors, upstream = case(*sizes)
+    expected = exact(tensors, upstream)
+    assert close(results(same_conv2d, tensors, upstream), expected)
+    for name, layer in wrong.items():
+        assert not close(exact(tensors, upstream, layer), expected), name
+    for i in range(4):  # and in each gradient by itself
+        got = results(same_conv2d, tensors, upstream)
+        got[i] = got[i] * 1.001
+        assert not close(got, expected), i
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 64, 40, 40, 4), (2, 64, 3, 40, 40, 4)])
+def test_only_gradients_asked_for(sizes, monkeypatch):
+    tensors, upstream = case(*sizes)
+    expected = exact(tensors, upstream)
+    for need in itertools.product([False, True], repeat=3):
+        given = [t.detach().requires_grad_(n) for t, n in zip(tensors, need, strict=True)]
+        out = same_conv2d(*given)
+        assert out.requires_grad == any(need)
+        if not any(need):
+            continue
+        if same_conv._path(*given) == "winograd":  # what only the weight's gradient wants is not kept
+            assert (len(out.grad_fn.saved_tensors) > 1) == need[1]
+        calls = []
+        with monkeypatch.context() as m:
+            for name in ("bmm", "mm"):
+                real = getattr(torch, name)
+                m.setattr(torch, name, lambda *a, f=real, n=name, calls=calls: calls.append(n) or f(*a))
+            grads = out.grad_fn.apply(upstream)
+        assert [g is not None for g in grads] == list(need)
+        assert close([g for g in grads if g is not None], [e for e, n in zip(expected[1:], need, strict=True) if n])
+        if need == (False, False, True):
+            assert not calls
+        if not need[0]:
+            assert "bmm" not in calls
+
+
+def test_no_second_derivative():
+    for sizes in ((2, 64, 64, 40, 40, 4), (2, 64, 3, 40, 40, 4)):
+        tensors, upstream = case(*sizes)
+        grad, = torch.autograd.grad(same_conv2d(*tensors), tensors[0], upstream.requires_grad_(), create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(3, 64, 64, 40, 40, 4), (3, 64, 3, 40, 40, 4)])
+def test_same_bits_again(sizes):
+    tensors, upstream = case(*sizes)
+    first = results(same_conv2d, tensors, upstream)
+    for _ in range(3):
+        waste = torch.randn(random.Random(0).randrange(10**5))  # other addresses
+        assert all(torch.equal(a, b) for a, b in zip(first, results(same_conv2d, tensors, upstream), strict=True))
+        del waste
+
+
+def test_pieces_do_not_matter(monkeypatch):
+    tensors, upstream = case(5, 64, 64, 24, 24, 4)
+    whole = results(same_conv2d, tensors, upstream)
+    monkeypatch.setattr(same_conv, "_PIECE", 2 * 4 * 64 * 25 * 64)  # two images
+    assert close(results(same_conv2d, tensors, upstream), [t.double() for t in whole])
+
+
+def test_training_with_it_is_training_without(monkeypatch):
+    """Two steps of the model end at the same weights, to what float32 can tell."""
+    import sbvae
+
+    assert sbvae.same_conv2d is same_conv2d
+    config = sbvae.resolve(sbvae.Config(device="cpu", batch_size=2))
+    config.precision = "fp32"
+    ends, seen = [], []
+    recorded = lambda *a: seen.append(same_conv._path(*a)) or same_conv2d(*a)
+    for layer in (recorded, None):
+        monkeypatch.setattr(sbvae, "same_conv2d", layer)
+        model, g = sbvae.build_model(config), torch.Generator().manual_seed(0)
+        begin = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-5)
+        for _ in range(2):
+            sbvae.training_step(config, sbvae.Sprites(), g, model, sgd)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert set(seen) == {"winograd", "few outputs"}
+    assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[1] - begin).norm()
