@@ -1167,7 +1167,7 @@ def read_lines(path) -> list[dict]:
         if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
             raise ValueError("not a log")
         return lines
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, RecursionError) as e:
         raise sbvae.InputError(f"{path} is damaged ({type(e).__name__}); restore or remove it") from e
@@ -1358,15 +1358,16 @@ def collect(job) -> dict:
         found |= {k: diverged.get(k) for k in ("diverged", "step")}
     elif metrics.get("step") == job.steps and (metrics := read_metrics(job.run)):
         found |= metrics
-    seconds, before = 0.0, 0
-    for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
-        rate = line.get("images_per_s")
-        if type(rate) is not float or not rate > 0:
-            raise sbvae.InputError(f"{job.run}/metrics.jsonl is damaged: no images_per_s; restore or remove it")
-        seconds += (line["step"] - before) * found["config"]["batch_size"] / rate
-        before = line["step"]
+    history, seconds, before = [], 0.0, 0
+    try:
+        history = read_lines(job.run / "history.jsonl")
+        for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
+            seconds += (line["step"] - before) * found["config"]["batch_size"] / line["images_per_s"]
+            before = line["step"]
+    except (sbvae.InputError, KeyError, TypeError, ZeroDivisionError) as e:  # no reason to lose the other results
+        print(f"note: {job.run}: hours and trend are not known ({e})", flush=True)
     return found | dict(trained={k: v for k, v in told.items() if k != "config"}, hours=seconds / 3600,
-                        history=read_lines(job.run / "history.jsonl"))
+                        history=history)
 
 
 def comparison(models, jobs, found) -> str:

@@ -482,8 +482,10 @@ import gen_circles
 start = time.perf_counter()
 path = gen_circles.generate("circles-xyh-small:hole-center", out=sys.argv[1])
 seconds = time.perf_counter() - start
-unit = 1 if sys.platform == "darwin" else 1024
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+try:  # of this program alone; ru_maxrss may be that of the process that started it
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps([seconds, path.stat().st_size, peak]))
 """
     done = subprocess.run(

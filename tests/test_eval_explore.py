@@ -364,9 +364,10 @@ def test_explore(run, monkeypatch):
 def test_names_of_factors(run):
     assert evaluation.named_factors(run, 1) == {}  # never evaluated
     keys = "run config elbo nll nll_floor kl latents_used mig mig_sampled factor_vae r2 r2_held_out estimator"
+    sound = dict.fromkeys(keys.split(), 1.0) | dict(run="r", config={}, estimator={}, step=1)
     latents = [dict(index=1, variance=0.1, factor="x", information=1.0),
                dict(index=0, variance=0.9, factor=None, information=0.0)]
-    (run / "metrics.json").write_text(json.dumps(dict.fromkeys(keys.split()) | dict(step=1, latents=latents)))
+    (run / "metrics.json").write_text(json.dumps(sound | dict(latents=latents)))
     assert evaluation.named_factors(run, 1) == {1: "x"}
     assert evaluation.named_factors(run, 2) == {}  # of an older checkpoint
     (run / "metrics.json").write_text("{")
