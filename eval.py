@@ -35,6 +35,10 @@ import types
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":  # as in sbvae.py, for the runs that --reproduce trains
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import gen_circles
@@ -149,8 +153,8 @@ def sampled_information(mu, logvar, factors, samples=10_000, seed=0):
     check_codes(logvar, factors)
     factors = check_codes(mu, factors)[1]
     if mu.shape != logvar.shape or samples < 1:
-        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} must agree, samples be at least 1, not "
-                         f"{samples}")
+        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} must agree, samples be at least 1, "
+                         f"not {samples}")
     noise = torch.randn(min(samples, len(mu)), mu.shape[1], generator=torch.Generator().manual_seed(seed))
     z = mu[: len(noise)] + (0.5 * logvar[: len(noise)]).exp() * noise.to(mu)
     information = np.zeros((mu.shape[1], factors.shape[1]))
@@ -1378,8 +1382,8 @@ def comparison(models, jobs, found) -> str:
             cells = dict(zip(PAPER_COLUMNS, re.split("  +", PAPER[row]), strict=True))
             remark = REMARKS.get(row, "")
             if float(cells["nll"].split()[0].replace("-", "inf")) < SPRITES_FLOOR:
-                remark += (f" An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 describes, is out of "
-                           "any decoder's reach: colours or images must have been others (ours 27).")
+                remark += (f" An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 describes, is out "
+                           "of any decoder's reach: colours or images must have been others (ours 27).")
             if remark:
                 remarks.append(f"({len(remarks) + 1}) {row}: {remark.strip()}")
             n = "not stated" if row.startswith(("Table 9", "Fig. 5")) else "25"  # G: 25 on colored sprites
@@ -1481,8 +1485,7 @@ def step_seconds(config) -> float:
     config = sbvae.resolve(config)
     device, precision, _ = sbvae.choose_device(config)
     config = dataclasses.replace(config, precision=precision)
-    layout = torch.channels_last if device.type == "cuda" or precision == "bf16" else torch.contiguous_format
-    parts = [sbvae.build_model(config).to(device, memory_format=layout)]
+    parts = [sbvae.build_model(config).to(device, memory_format=sbvae.choose_layout(config, device))]
     if config.model == "factorvae":
         parts.append(sbvae.build_discriminator(config.latents).to(device))
     model, *others = [part for p in parts for part in (p, torch.optim.Adam(p.parameters(), fused=True))]

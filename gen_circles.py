@@ -536,7 +536,7 @@ def main(argv=None):
     parser.add_argument("--out", default="data", help="folder to write to (data)")
     parser.add_argument("--preview", action="store_true", help="also a picture of the data set")
     # Output goes on where a stream is closed, and where a folder's name is no text.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     start = time.perf_counter()

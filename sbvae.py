@@ -36,11 +36,14 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # read when torch is loaded: threads that wait for each other sleep. Were they to spin, two
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # runs on the same two cores would slow each other six times
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:  # broadcast and first convolution in one pass; without it they are two, written out below
+try:  # broadcast and first convolution in one pass, the others in fewer multiplications; both are written out below
     from kernels import broadcast_conv2d, same_conv2d
 except ImportError:
     broadcast_conv2d = same_conv2d = None
@@ -365,7 +368,7 @@ class SameConv2d(nn.Conv2d):
     stride) outputs, and an odd row of zeros goes to the end: 1 before and 2 after for k=4, s=1 (ours 4)."""
 
     def forward(self, x):
-        if same_conv2d is not None and self.stride == (1, 1):  # on a CPU in fewer multiplications
+        if same_conv2d is not None and self.stride == (1, 1):
             return same_conv2d(x, self.weight, self.bias)
         pads = []
         for n, k, s in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):  # width, then height
@@ -577,8 +580,8 @@ def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
     disagree and, on a CPU, for pixels outside [0, 1] with the Bernoulli.
     """
     if likelihood not in ("bernoulli", "gaussian") or not images.is_floating_point():
-        raise ValueError(f"likelihood must be bernoulli or gaussian, not {likelihood!r}, and images floating point, not "
-                         f"{images.dtype}")
+        raise ValueError(f"likelihood must be bernoulli or gaussian, not {likelihood!r}, and images floating point, "
+                         f"not {images.dtype}")
     if logits.shape != images.shape or mu.shape != logvar.shape or mu.ndim != 2 or not len(mu) == len(images) > 0:
         raise ValueError(f"logits {tuple(logits.shape)} do not match images {tuple(images.shape)}, or mu "
                          f"{tuple(mu.shape)} logvar {tuple(logvar.shape)}, (B, K) with B > 0")
@@ -633,7 +636,7 @@ def atomically(path: Path):
 
 
 def plain_file(name, flags):
-    """An opener for `open`, not through a link, which could lead to any file, nor of a pipe, which could wait for ever."""
+    """An opener: not through a link, which could lead to any file, nor of a pipe, which could wait for ever."""
     number = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -768,9 +771,8 @@ def open_log(run: Path, checkpoint: dict | None):
 
 
 def save_pictures(run: Path, model: VAE, images: torch.Tensor):
-    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W): around
-    the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by the mean variance over the images.
-    """
+    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W):
+    around the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by mean variance."""
     try:
         from matplotlib.figure import Figure
     except ImportError:  # a run needs no pictures
@@ -824,6 +826,13 @@ def choose_device(config: Config) -> tuple[torch.device, str, str]:
     units = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else any(
         getattr(torch.cpu, name, bool)() for name in names)
     return device, *(("bf16", "the device has bf16 units") if units else ("fp32", "the device has no bf16 units"))
+
+
+def choose_layout(config: Config, device) -> torch.memory_format:
+    """Matrix units want channels last, as same_conv2d does; a CPU's other fp32 convolutions may be faster without."""
+    fast = same_conv2d is not None and config.decoder == "broadcast"
+    last = device.type == "cuda" or config.precision == "bf16" or fast
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def choose_kernel(config: Config, device) -> str:
@@ -922,12 +931,7 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
-    # Matrix units want channels last, and so does same_conv2d; a CPU's other fp32 convolutions may be faster without.
-    fast = same_conv2d is not None and config.decoder == "broadcast"
-    channels_last = device.type == "cuda" or precision == "bf16" or fast
-
-    model = build_model(config)
-    model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model = build_model(config).to(device, memory_format=choose_layout(config, device))
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     optimizer = adam(model.parameters(), lr=config.lr)
     generator = torch.Generator(device=device).manual_seed(config.seed)  # of data and noise

@@ -263,7 +263,8 @@ def device_name(device):
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    units = torch.backends.cpu.get_cpu_capability()  # many a virtual machine tells no more of its CPU
+    return f"{name}, {units}, {torch.get_num_threads()} threads"
 
 
 def main(arguments=None):

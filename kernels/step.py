@@ -7,11 +7,12 @@ run, so that a machine that slows down slows all of them; given are the median a
 quantiles. On a GPU a step ends with a synchronisation, but for the rung that replays a CUDA graph,
 which is also timed as it is used: many replays, one wait.
 
-The floor is what no implementation of these layers can avoid: the multiply-adds of the convolutions
-and linear layers, without the first layer after the tile, which needs next to none (see
-broadcast_conv.py), at the rate of a large matrix product in the same precision on the same device
-in the same run; and the activations written and read once per pass, at the rate of `copy_`. The
-split by layer times each convolution by itself, forward and backward. `--replicas` trains several
+The floor is what no plain implementation of these layers can avoid: the multiply-adds of the
+convolutions and linear layers, without the first layer after the tile, which needs next to none
+(see broadcast_conv.py), at the rate of a large matrix product in the same precision on the same
+device in the same run; and the activations written and read once per pass, at the rate of `copy_`.
+In fp32 on a CPU same_conv.py needs fewer and goes below: then a layer has more than 100% of the
+rate. The split by layer times each convolution by itself, forward and backward. `--replicas` trains several
 seeds at once, each in a process of its own, and sums up their steps.
 
 Results go to results/step_<device>.md. Needs sbvae.py beside kernels/.
@@ -34,11 +35,13 @@ MODELS = {"broadcast": {}, "deconv": dict(decoder="deconv"), "FactorVAE": dict(m
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
-def rungs(device, precision):
-    """label -> layout, kernels/ or not, precision, fused Adam or not, CUDA graph or not; each adds one thing."""
-    naive = dict(layout=FIRST, kernel=False, precision="fp32", fused=False, graph=False)
-    if device == "cpu":  # channels last pays together with bf16 only
+def rungs(device, precision, broadcast):
+    """label -> layout, which of kernels/, precision, fused Adam or not, CUDA graph or not; each adds one thing."""
+    naive = dict(layout=FIRST, kernel=False, same=False, precision="fp32", fused=False, graph=False)
+    if device == "cpu":
         ladder = [("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True))]
+        if broadcast:  # channels last pays together with fewer multiplications, or with bf16
+            ladder += [("same_conv, channels last", dict(same=True, layout=LAST))]
         ladder += [("bf16, channels last", dict(precision="bf16", layout=LAST))] * (precision == "bf16")
     else:
         ladder = [("channels last", dict(layout=LAST)), ("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True)),
@@ -52,15 +55,15 @@ def rungs(device, precision):
 
 
 @contextlib.contextmanager
-def settings(sbvae, kernel, precision, **_):
+def settings(sbvae, kernel, precision, same=False, **_):
     """As `sbvae.train` sets them for this rung; without kernels/ it tiles, concatenates and convolves."""
-    saved = sbvae.broadcast_conv2d
+    saved = sbvae.broadcast_conv2d, sbvae.same_conv2d
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    sbvae.broadcast_conv2d = saved if kernel else None
+    sbvae.broadcast_conv2d, sbvae.same_conv2d = saved[0] if kernel else None, saved[1] if same else None
     try:
         yield
     finally:
-        sbvae.broadcast_conv2d = saved
+        sbvae.broadcast_conv2d, sbvae.same_conv2d = saved
 
 
 def make_step(sbvae, config, device, rung):
@@ -89,7 +92,7 @@ def ladder(sbvae, config, device, precision, seconds):
     """-> rows (label, ms, 20 %, 80 %, steps/s, x naive) of one model."""
     from kernels.bench import quantiles
 
-    found, steps, times = rungs(device, precision), {}, {}
+    found, steps, times = rungs(device, precision, config.decoder == "broadcast"), {}, {}
     for label, rung in found.items():
         try:
             steps[label] = make_step(sbvae, config, device, rung)
@@ -163,7 +166,7 @@ def split(sbvae, config, device, precision, seconds):
 
     rate, bandwidth = rates(device, precision, seconds)
     low = dict(device_type=device, dtype=torch.bfloat16, enabled=precision == "bf16")
-    layout = LAST if device != "cpu" or precision == "bf16" else FIRST
+    layout = sbvae.choose_layout(sbvae.dataclasses.replace(config, precision=precision), torch.device(device))
     rows, macs, size = [], 0, 0
     for name, shape, forward_macs, module in layers(sbvae, config, device, precision):
         image = name == "encoder.convs.0"  # the image needs no gradient

@@ -1,4 +1,9 @@
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the top level, from wherever pytest is called
+
+# Before torch is loaded, here and in the processes that tests start: threads that spin slow each other when several
+# processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -60,8 +60,7 @@ def our_step():
     """A step of `sbvae.train` on a CPU, in its default precision."""
     config = sbvae.resolve(sbvae.Config(device="cpu"))
     config.precision = sbvae.choose_device(config)[1]
-    last = config.precision == "bf16" or sbvae.same_conv2d is not None
-    model = sbvae.build_model(config).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    model = sbvae.build_model(config).to(memory_format=sbvae.choose_layout(config, torch.device("cpu")))
     adam = torch.optim.Adam(model.parameters(), lr=3e-4, fused=True)
     data, generator = sbvae.Sprites(), torch.Generator().manual_seed(0)
     return lambda: sbvae.training_step(config, data, generator, model, adam)

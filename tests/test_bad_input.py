@@ -289,8 +289,9 @@ def edits():
             yield f"optimizer.state.0.{name}={str(value)[:9]}", put(value, "optimizer", "state", 0, name)
     for value in (None, torch.zeros(2), 5):
         yield f"model.bias={str(value)[:9]}", put(value, "model", "encoder.latents.bias")
-    for key, value in (("steps", "x"), ("decoder", "x"), ("image_shape", [3]), ("image_shape", [3, 10**6, 10**6]), ("image_shape", "abc"), ("seed", -1),
-                       ("dataset", 5), ("latents", 4), ("latents", 2**55), ("beta", math.nan), ("later_flag", 1)):
+    for key, value in (("steps", "x"), ("decoder", "x"), ("image_shape", [3]), ("image_shape", [3, 10**6, 10**6]),
+                       ("image_shape", "abc"), ("seed", -1), ("dataset", 5), ("latents", 4), ("latents", 2**55),
+                       ("beta", math.nan), ("later_flag", 1)):
         yield f"config.{key}={value}", put(value, "config", key)
 
 

@@ -3,8 +3,13 @@
 import io
 import json
 import math
+import os
+import shutil
 import sys
+import threading
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -661,6 +666,84 @@ def test_without_ground_truth_only_the_loss_is_measured(runs, no_pictures, capsy
     assert code == 0 and "ELBO" in out and "MIG" not in out
     assert [metrics[k] for k in ("mig", "mig_sampled", "factor_vae", "r2", "r2_held_out", "factors")] == [None] * 6
     assert metrics["elbo"] > 0 and {m["factor"] for m in metrics["latents"]} == {None}
+
+
+def test_links_and_pipes_under_temporary_names(runs, capsys, tmp_path):
+    """A received run folder may hold them: what a link leads to stays as it is, and nobody waits for a pipe."""
+    shutil.copytree(runs / "a", tmp_path / "a", ignore=lambda *_: {"metrics.json", "evaluation.png", "geometry.png"})
+    (tmp_path / "precious").write_text("precious")
+    for name in ("metrics.json", "evaluation.png", "geometry.png"):
+        for plant in (lambda p: p.symlink_to("../precious"), os.mkfifo):
+            plant(tmp_path / "a" / f".{name}.tmp")
+            code, out, err = run_main(capsys, tmp_path / "a", *FAST)
+            assert code == 0 and (tmp_path / "precious").read_text() == "precious"
+            assert (tmp_path / "a" / name).is_file() and not (tmp_path / "a" / name).is_symlink()
+            assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_two_evaluations_of_one_run_wait_for_each_other(runs, no_pictures, monkeypatch):
+    """While one is in its run, the other does not begin to write."""
+    inside, most = [], []
+
+    def draw(*_):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inside.pop()
+
+    for module in {evaluation, sys.modules[evaluation.evaluate.__module__]}:
+        monkeypatch.setattr(module, "draw_run", draw)
+    for folders, together in ((("a", "a"), 1), (("a", "b"), 2)):
+        most.clear()
+        threads = [threading.Thread(target=evaluation.evaluate, args=(runs / f, "cpu", 5, 50)) for f in folders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(most) == 2 and (together == 2 or max(most) == 1)
+
+
+@pytest.mark.parametrize("names", [("$x_{$", "y"), ("%s", "a\nb"), ("\\frac", "$$")])
+def test_names_that_look_like_formulas(names, tmp_path, monkeypatch, capsys):
+    """Matplotlib would set what stands between dollars as a formula, or fail to."""
+    monkeypatch.chdir(tmp_path)
+    factors = np.array([(x, y) for x in range(4) for y in range(4)])
+    np.savez("$x_{$.npz", images=np.random.default_rng(0).integers(0, 255, (16, 8, 8), np.uint8), factors=factors,
+             factor_names=np.array(names))
+    sbvae.train(sbvae.Config(dataset="$x_{$.npz", steps=1, latents=2, conv_layers=1, device="cpu", out="r"))
+    code, out, err = run_main(capsys, "r", *FAST)
+    assert code == 0 and Path("r/metrics.json").exists(), err
+
+
+def test_a_lack_of_memory_is_one_line(runs, no_pictures, capsys, monkeypatch):
+    def lack(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(evaluation, "mutual_information", lack)
+    code, out, err = run_main(capsys, runs / "a", *FAST)
+    assert code == 2 and "out of memory" in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("call", [
+    lambda z, f: evaluation.mig(z, f, bins=0), lambda z, f: evaluation.mig(z[:, :0], f),
+    lambda z, f: evaluation.mig(z + 1j, f), lambda z, f: evaluation.mig(z.astype(object), f),
+    lambda z, f: evaluation.mig_sampled(z, z[:, :1], f), lambda z, f: evaluation.mig_sampled(z, z, f, samples=0),
+    lambda z, f: evaluation.factor_vae_metric(lambda c: c.numpy(), (3, 3), lambda c: c, votes=0),
+    lambda z, f: evaluation.factor_vae_metric(lambda c: c.numpy(), (3, 3), lambda c: c, batch=1)])
+def test_metrics_of_senseless_arguments(call):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError) as error:
+        call(rng.normal(size=(30, 2)), rng.integers(0, 3, (30, 2)))
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_codes_have_single_precision_scores():
+    rng = np.random.default_rng(0)
+    factors = rng.integers(0, 5, (2000, 2))
+    codes = torch.tensor(30_000 * (factors + 0.1 * rng.normal(size=factors.shape) - 2) / 2)
+    for half in (codes.half(), codes.bfloat16(), codes.half().numpy()):
+        exact = half.float() if isinstance(half, torch.Tensor) else half.astype(np.float32)
+        assert evaluation.mig(half, factors) == evaluation.mig(exact, factors) > 0.8
 
 
 def test_a_bad_run_does_not_stop_the_others(runs, no_pictures, capsys):

@@ -365,6 +365,75 @@ def test_results_outlive_a_failure_of_all_runs(tiny, monkeypatch):
     assert Path("results/tiny.md").read_text() == "of better days"
 
 
+def test_a_damaged_history_is_not_written_anew(tiny, no_figures):
+    """Its stages could not be evaluated again: the run is past them."""
+    models = {"DeConv VAE": MODELS["DeConv VAE"]}
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models=models)  # the fixture puts it back
+    eval.reproduce("tiny", steps=3, replicas=1, every=1, **QUICK)
+    path = tiny / "runs" / folder("deconv", 3) / "history.jsonl"
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 3
+    for damaged in (whole[:-5], whole + b"x\n", whole + b"[1]\n", whole + b"{}\n", b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(sbvae.InputError, match="history.jsonl is damaged") as error:
+            eval.reproduce("tiny", steps=3, replicas=1, every=1, **QUICK)
+        assert path.read_bytes() == damaged and "\n" not in str(error.value)
+    path.write_bytes(whole + b"\n")  # an empty line is none
+    eval.reproduce("tiny", steps=3, replicas=1, every=1, **QUICK)
+    assert len(eval.read_lines(path)) == 3
+
+
+DEEP = "[" * 100_000
+FOREIGN = [  # file of a run, content, whether the run can be carried on without it
+    *(("metrics.json", text, True) for text in ("5", "[]", "{}", DEEP, '{"step": 3}', "\xff")),
+    *(("metrics.jsonl", text, False) for text in ("1\n", "[]\n", "{}\n", '{"step": 1}\n', DEEP)),
+    *(("diverged.json", text, False) for text in ("", "x", "5", "[]", "{}", '{"diverged": null, "elbo": 5}', DEEP)),
+    *(("config.json", text, False) for text in ("5", "null", '{"config": 5}', DEEP)),
+    *((name, None, False) for name in ("diverged.json", ".lock", "config.json", "checkpoint.pt", "train.log")),
+    ("metrics.json", None, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, text, harmless", FOREIGN, ids=lambda x: ascii(str(x))[:30])
+def test_foreign_files_in_a_run(name, text, harmless, tiny, no_figures, monkeypatch):
+    """Also pipes (None), where one could wait for ever. One line with the run's name; or what can be made anew is."""
+    monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models={"DeConv VAE": MODELS["DeConv VAE"]}))
+    eval.reproduce("tiny", steps=3, replicas=1, **QUICK)
+    run = tiny / "runs" / folder("deconv", 3)
+    told = (run / "metrics.json").read_text()
+    if name in (".lock", "config.json", "checkpoint.pt", "train.log"):
+        (run / "metrics.json").unlink()  # else nothing is left to do and nobody looks at them
+        before = eval.steps_done(run)
+        monkeypatch.setattr(eval, "steps_done", lambda run, now=eval.steps_done: min(now(run) or 0, before - 1))
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name) if text is None else (run / name).write_text(text, "latin-1")
+    signal.alarm(60)
+    try:
+        if harmless:
+            eval.reproduce("tiny", steps=3, replicas=1, **QUICK)
+            again = json.loads((run / "metrics.json").read_text()) if text is not None else json.loads(told)
+            assert again["elbo"] == json.loads(told)["elbo"]
+            return
+        if name == "metrics.jsonl":  # the hours are not known, then
+            eval.reproduce("tiny", steps=3, replicas=1, **QUICK)
+            assert cells((tiny / "results/tiny.md").read_text(), "DeConv VAE", "here")["n"] == "1"
+            return
+        with pytest.raises((sbvae.InputError, OSError)) as error:
+            eval.reproduce("tiny", steps=3, replicas=1, **QUICK)
+    finally:
+        signal.alarm(0)
+    assert "\n" not in str(error.value) and str(run.name) in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [("RANK", ""), ("RANK", "x"), ("RANK", "3"), ("WORLD_SIZE", "0"),
+                                         ("LOCAL_WORLD_SIZE", "-1"), ("RANK", "-1")])
+def test_variables_that_do_not_come_from_torchrun(name, value, tiny, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(sbvae.InputError, match="torchrun"):
+        eval.reproduce("tiny", steps=3, **QUICK)
+    assert not Path("runs").exists()
+
+
 def test_a_device_that_is_not_there_leaves_no_trace(tiny):
     with pytest.raises(sbvae.InputError, match="--device abacus cannot be used"):
         eval.reproduce("tiny", steps=3, **QUICK | dict(device="abacus"))

@@ -30,25 +30,27 @@ def test_multiply_adds_are_those_of_table_1():
 @pytest.mark.parametrize("model", ["vae", "factorvae"])
 def test_every_rung_trains_the_same_model(model, monkeypatch):
     """From one seed, all rungs end near the same weights; one that skips the optimizer does not."""
-    kernel, ends = sbvae.broadcast_conv2d, {}
+    kernels, ends = (sbvae.broadcast_conv2d, sbvae.same_conv2d), {}
     config = sbvae.resolve(sbvae.Config(**CONFIG, model=model, batch_size=2, conv_layers=2))
     built = []
     monkeypatch.setattr(sbvae, "build_model", lambda c, build=sbvae.build_model: built.append(build(c)) or built[-1])
-    for label, rung in step.rungs("cpu", "bf16").items():
+    for label, rung in step.rungs("cpu", "bf16", broadcast=True).items():
         step.make_step(sbvae, config, "cpu", rung)()
         ends[label] = torch.cat([p.detach().flatten() for p in built[-1].parameters()])
     begin = torch.cat([p.detach().flatten() for p in sbvae.build_model(config).parameters()])
     moved = (ends["naive"] - begin).norm()
-    assert list(ends) == ["naive", "+ kernel", "+ fused Adam", "+ bf16, channels last"] and moved > 0
+    assert list(ends) == ["naive", "+ kernel", "+ fused Adam", "+ same_conv, channels last", "+ bf16, channels last"]
+    assert moved > 0
     assert all((end - ends["naive"]).norm() < 0.35 * moved for end in ends.values())
-    assert (ends["+ fused Adam"] - ends["naive"]).norm() < 0.05 * moved
-    assert sbvae.broadcast_conv2d is kernel
+    for label in ("+ fused Adam", "+ same_conv, channels last"):
+        assert (ends[label] - ends["naive"]).norm() < 0.05 * moved
+    assert (sbvae.broadcast_conv2d, sbvae.same_conv2d) == kernels
 
 
 def test_the_ladder_is_relative_to_naive(monkeypatch):
     monkeypatch.setattr(step, "make_step", lambda sbvae, config, device, rung: lambda: time.sleep(
         0.01 if rung["kernel"] else 0.05))
-    rows = step.ladder(sbvae, None, "cpu", "fp32", 0.05)
+    rows = step.ladder(sbvae, sbvae.resolve(sbvae.Config(decoder="deconv")), "cpu", "fp32", 0.05)
     assert [r[0] for r in rows] == ["naive", "+ kernel", "+ fused Adam"] and rows[0][5] == 1
     assert all(3 < r[5] < 6 and r[2] <= r[1] <= r[3] and r[4] == 1e3 / r[1] for r in rows[1:])
 

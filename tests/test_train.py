@@ -544,6 +544,25 @@ def test_importing_has_no_side_effects(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["sbvae.py", "eval.py"])
+def test_threads_of_a_program_sleep_while_they_wait(name):
+    """Told to OpenMP before torch is loaded; what the user has set stays."""
+    code = f"""
+import os, runpy, sys
+sys.argv = [{name!r}, "--help"]
+assert "torch" not in sys.modules
+try:
+    runpy.run_path({str(ROOT / name)!r}, run_name="__main__")
+except SystemExit:
+    print(os.environ["OMP_WAIT_POLICY"])
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**clean, **given}, capture_output=True,
+                              text=True, timeout=300)
+        assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
 def test_help_says_where_in_the_paper():
     done = run("--help", cwd=ROOT)
     assert done.returncode == 0
