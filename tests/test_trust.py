@@ -555,6 +555,33 @@ def test_many_processes_start_the_same_run(nursery, whole):
     assert_complete(nursery.folder / "raced", whole[0])
 
 
+# ------------------------------------------------------------------------------------ streams
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize("program", ["sbvae.py", "gen_circles.py"])
+def test_closed_streams(program, closed, tmp_path):
+    """As some schedulers start programs."""
+    write_tiny(tmp_path)
+    words = [*FLAGS, "--steps", "2"] if program == "sbvae.py" else ["circles-rg", "--num", "9"]
+    line = " ".join([sys.executable, str(ROOT / program), *words, "--out", "r", closed])
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    made = ["circles-rg.npz"] if program == "gen_circles.py" else FILES
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == made
+
+
+def test_a_signal_that_is_ignored_stays_ignored(nursery):
+    """As under nohup, or in a script that takes Ctrl-C for itself."""
+    before = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+vae_loss = sbvae.vae_loss
+sbvae.vae_loss = lambda *a: os.kill(os.getpid(), signal.SIGINT) or vae_loss(*a)
+"""
+    status, text = nursery.train(*FLAGS, "--steps", 3, "--out", "ignored", before=before)
+    assert status == 0 and "done     3 steps" in text, text
+
+
 # ------------------------------------------------------------------------------- other versions
 
 
