@@ -843,7 +843,9 @@ def choose_kernel(config: Config, device) -> str:
         return "plain tile, append, convolve, as kernels/ is not beside sbvae.py"
     if config.kernel != "auto":
         return f"{config.kernel}, as asked"
-    return "triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer, on a CPU"
+    if device.type == "cuda":
+        return "triton where it can, else torch"
+    return "torch, the factorised layer, on a CPU" + "; the others same_conv2d, in fp32" * (config.precision == "fp32")
 
 
 def training_step(config, data, generator, model, optimizer, discriminator=None, d_optimizer=None) -> torch.Tensor:
