@@ -55,14 +55,15 @@ ENCODE = 64  # images at once: more leave a CPU's cache (0.65 ms an image and co
 
 def check_codes(codes, factors):
     """-> codes (N, K), factors (N, F) as arrays. ValueError when they are not, or not of the same images."""
-    codes = codes.float() if isinstance(codes, torch.Tensor) and codes.dtype.itemsize == 2 else codes  # a half
+    codes = codes.float() if isinstance(codes, torch.Tensor) and codes.dtype == torch.bfloat16 else codes
     codes, factors = (a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
                       for a in (codes, factors))
     if codes.ndim != 2 or factors.ndim != 2 or not len(codes) == len(factors) > 0 or not codes.shape[1]:
         raise ValueError(f"codes must be (N, K) and factors (N, F), not {codes.shape} and {factors.shape}")
     if codes.dtype.kind not in "fiub":
         raise ValueError(f"codes must be real numbers, not {codes.dtype}")
-    codes = codes.astype(np.float32) if codes.dtype == np.float16 else codes
+    if codes.dtype not in (np.float32, np.float64):  # histograms of a half are coarse, of an integer not meant
+        codes = codes.astype(np.float32 if codes.dtype == np.float16 else np.float64)
     if not np.isfinite(codes).all():
         raise ValueError("codes are not finite")
     return codes, factors
@@ -149,9 +150,9 @@ def sampled_information(mu, logvar, factors, samples=10_000, seed=0):
     latent's range / 3.5 sigma. One with d = 10 that knows nothing of a factor of 40 classes is so said, from N =
     10,000 images, to know 0.02 nats. The tests measure it. ValueError for wrong shapes and codes that are not finite.
     """
-    mu, logvar = (torch.as_tensor(a) for a in (mu, logvar))
-    check_codes(logvar, factors)
+    device = mu.device if isinstance(mu, torch.Tensor) else "cpu"
     factors = check_codes(mu, factors)[1]
+    mu, logvar = (torch.from_numpy(check_codes(a, factors)[0]).to(device) for a in (mu, logvar))
     if mu.shape != logvar.shape or samples < 1:
         raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} must agree, samples be at least 1, "
                          f"not {samples}")
@@ -484,6 +485,11 @@ def table(results) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+
+
+def signed(value) -> str:
+    """+0.12, and +0.00 for what rounds to -0.00 (the format "z" for that is not in Python 3.10)."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def mean_cell(values, digits) -> str:
@@ -1196,6 +1202,8 @@ def steps_done(run) -> int | None:
 def check_folder(job):
     """InputError when the job's folder holds a run of another configuration, or one that went further."""
     found = (read_json(job.run / "config.json") or {}).get("config")
+    if (job.run / "config.json").is_symlink():  # read_json does not follow it, training would
+        raise sbvae.InputError(f"{job.run}/config.json is a link; put the file itself there")
     if not isinstance(found, dict):
         return  # no run, or one that training will refuse
     free = (*sbvae.FREE_ON_RESUME, "device", "precision", "kernel", "cuda_graph", "out", "image_shape")
@@ -1343,7 +1351,8 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
             f" --{flag} {value}" for flag, value, usual in (
                 ("replicas", replicas, None), ("steps", steps, None), ("every", every, None), ("votes", votes, 800),
                 ("samples", samples, 10_000), ("seed", seed, 0)) if value != usual)
-        with open(jobs[0].run.parent / ".lock", "a") as lock:  # who was started by hand is the first of its own, too
+        # Who was started by hand is the first of its own, too
+        with open(jobs[0].run.parent / ".lock", "a", opener=sbvae.plain_file) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             write_results(name, jobs, how, command, device)
     if failed:
@@ -1364,14 +1373,15 @@ def collect(job) -> dict:
         found |= metrics
     history, seconds, before = [], 0.0, 0
     try:
-        history = read_lines(job.run / "history.jsonl")
         for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
             seconds += (line["step"] - before) * found["config"]["batch_size"] / line["images_per_s"]
             before = line["step"]
+        history = read_lines(job.run / "history.jsonl")
     except (sbvae.InputError, KeyError, TypeError, ZeroDivisionError) as e:  # no reason to lose the other results
-        print(f"note: {job.run}: hours and trend are not known ({e})", flush=True)
-    return found | dict(trained={k: v for k, v in told.items() if k != "config"}, hours=seconds / 3600,
-                        history=history)
+        seconds = None
+        print(f"note: {job.run}: neither hours nor trend can be told ({type(e).__name__}: {e})", flush=True)
+    return found | dict(trained={k: v for k, v in told.items() if k != "config"}, history=history,
+                        hours=None if seconds is None else seconds / 3600)
 
 
 def comparison(models, jobs, found) -> str:
@@ -1724,9 +1734,9 @@ def draw_window(surface, state: Explorer):
 
     k, below = state.order[state.row], TOP + PANEL + 26
     about = f", tells most about {state.factors[k]}" if k in state.factors else ""
-    write(f"z{k} = {state.z[k].item():+z.2f}{about}", MARGIN, below, CHOSEN, size=16)
+    write(f"z{k} = {signed(state.z[k].item())}{about}", MARGIN, below, CHOSEN, size=16)
     mean, deviation = state.mean[k].item(), state.deviation[k].item()
-    write(f"posterior of this image, in blue: {mean:+z.2f} ± {deviation:.2f}; mean variance over the data "
+    write(f"posterior of this image, in blue: {signed(mean)} ± {deviation:.2f}; mean variance over the data "
           f"{state.variance[k]:.4f}", MARGIN, below + 24, DIM)
     for i, (key, does) in enumerate(KEYS):  # the help, always in view, in two columns
         x, y = MARGIN + i // 5 * (PANEL + 16), below + 64 + i % 5 * 24
@@ -1751,7 +1761,7 @@ def draw_window(surface, state: Explorer):
             pygame.draw.line(surface, color, (slider_column(low), middle), (slider_column(high), middle), 3)
         pygame.draw.line(surface, RAIL, (slider_column(0), middle - 4), (slider_column(0), middle + 4))
         pygame.draw.circle(surface, CHOSEN if chosen else ink, (slider_column(value), middle), min(7, height // 2 - 2))
-        write(f"{value:+z.2f}", WINDOW[0] - 20, middle, ink, align="right")
+        write(signed(value), WINDOW[0] - 20, middle, ink, align="right")
 
 
 @functools.cache

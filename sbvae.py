@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -640,7 +641,7 @@ def plain_file(name, flags):
     number = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(None, "not a file", name)
+        raise OSError(errno.EINVAL, "not a file", name)
     return number
 
 
@@ -836,16 +837,17 @@ def choose_layout(config: Config, device) -> torch.memory_format:
 
 
 def choose_kernel(config: Config, device) -> str:
-    """Which code runs the first layer after the tile, and why, in words; `broadcast_conv2d` does the choosing."""
-    if config.decoder != "broadcast" or config.upscales:
+    """Which code runs the layers after the tile, and why, in words; `broadcast_conv2d` and `same_conv2d` choose."""
+    if config.decoder != "broadcast":
         return "none, as this model has no convolution after a tile"
     if broadcast_conv2d is None:
         return "plain tile, append, convolve, as kernels/ is not beside sbvae.py"
+    others = "; the others same_conv2d, in fp32 on a CPU" * (device.type == "cpu" and config.precision == "fp32")
+    if config.upscales:
+        return "plain tile, append, deconvolve" + others
     if config.kernel != "auto":
-        return f"{config.kernel}, as asked"
-    if device.type == "cuda":
-        return "triton where it can, else torch"
-    return "torch, the factorised layer, on a CPU" + "; the others same_conv2d, in fp32" * (config.precision == "fp32")
+        return f"{config.kernel}, as asked" + others
+    return ("triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer") + others
 
 
 def training_step(config, data, generator, model, optimizer, discriminator=None, d_optimizer=None) -> torch.Tensor:

@@ -100,11 +100,11 @@ _PIECE = 12_000_000
 @functools.cache
 def _matrices(k, dtype=torch.float32):
     """A (8,m), G (8,k), B (8,8) of y = A^T ((G w) * (B x)): 8 inputs, k taps, m = 9 - k outputs."""
-    points = torch.tensor(_POINTS, dtype=torch.float64)
+    points = torch.tensor(_POINTS, dtype=torch.float64, device="cpu")  # whatever the default is
 
     def evaluate(size):  # a polynomial with so many coefficients; at infinity only the last counts
-        last = torch.zeros(1, size, dtype=torch.float64).index_fill_(1, torch.tensor(size - 1), 1)
-        return torch.cat([points[:, None] ** torch.arange(size), last])
+        powers = torch.arange(size, device="cpu")
+        return torch.cat([points[:, None] ** powers, (powers == size - 1)[None].double()])
 
     B = torch.linalg.inv(evaluate(_TILE)).T
     scale = B.abs().amax(1, keepdim=True).log2().round().exp2()  # powers of two round nothing
@@ -272,6 +272,8 @@ def same_conv2d(x, weight, bias=None):
         if left == right and top == bottom:  # the convolution pads without a copy
             return F.conv2d(x, weight, bias, padding=(top, left))
         return F.conv2d(F.pad(x, pads), weight, bias)
+    if not torch.is_grad_enabled():  # else V would be kept for a backward pass that never comes
+        x, weight, bias = (t if t is None else t.detach() for t in (x, weight, bias))
     return (_Winograd if path == "winograd" else _FewOut).apply(x, weight, bias)
 
 
@@ -285,7 +287,8 @@ def _path(x, weight, bias):
     ):
         return "conv2d"
     (c_out, c_in, k, kw), (batch, _, height, width) = weight.shape, x.shape
-    if k != kw or not 3 <= k <= 5:
+    wrong = bias is not None and bias.shape != (c_out,)  # for conv2d to say so
+    if k != kw or not 3 <= k <= 5 or wrong:
         return "conv2d"
     if c_out <= 4 and c_in >= 32 and height * width >= 1024:
         return "few outputs"

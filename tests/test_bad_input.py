@@ -85,7 +85,7 @@ def flag_cases():
         for typo in (name[:i] + name[i + 1 :], name[:i] + rng.choice("qx") + name[i:], name[:-1], "-" + name):
             if typo not in flags.values():
                 yield [typo, "1"], typo
-    for words in (["runs"], ["--"], ["-h4"], ["broadcast", "deconv"], ["--dataset", "sprites", "objects"], ["-"]):
+    for words in (["runs"], ["--"], ["-x4"], ["broadcast", "deconv"], ["--dataset", "sprites", "objects"], ["-"]):
         yield words, ""
     yield from [
         (["--gamma", "3"], "--gamma"), (["--lr", "0"], "--lr"), (["--conv-layers", "65"], "64"),

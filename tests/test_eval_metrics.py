@@ -682,25 +682,19 @@ def test_links_and_pipes_under_temporary_names(runs, capsys, tmp_path):
 
 
 def test_two_evaluations_of_one_run_wait_for_each_other(runs, no_pictures, monkeypatch):
-    """While one is in its run, the other does not begin to write."""
-    inside, most = [], []
-
-    def draw(*_):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.2)
-        inside.pop()
-
+    """While one is in a run's folder, another does not begin to write there, but does elsewhere."""
+    drawn = []
     for module in {evaluation, sys.modules[evaluation.evaluate.__module__]}:
-        monkeypatch.setattr(module, "draw_run", draw)
-    for folders, together in ((("a", "a"), 1), (("a", "b"), 2)):
-        most.clear()
-        threads = [threading.Thread(target=evaluation.evaluate, args=(runs / f, "cpu", 5, 50)) for f in folders]
+        monkeypatch.setattr(module, "draw_run", lambda run, *_: drawn.append(run.name))
+    threads = [threading.Thread(target=evaluation.evaluate, args=(runs / f, "cpu", 5, 50)) for f in "ab"]
+    with evaluation.alone(runs / "a"):
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert len(most) == 2 and (together == 2 or max(most) == 1)
+        threads[1].join(60)
+        time.sleep(0.5)
+        assert drawn == ["b"] and threads[0].is_alive()
+    threads[0].join(60)
+    assert drawn == ["b", "a"]
 
 
 @pytest.mark.parametrize("names", [("$x_{$", "y"), ("%s", "a\nb"), ("\\frac", "$$")])
@@ -744,6 +738,9 @@ def test_half_precision_codes_have_single_precision_scores():
     for half in (codes.half(), codes.bfloat16(), codes.half().numpy()):
         exact = half.float() if isinstance(half, torch.Tensor) else half.astype(np.float32)
         assert evaluation.mig(half, factors) == evaluation.mig(exact, factors) > 0.8
+    for other in (factors.astype(np.uint8), factors.astype(np.longdouble), torch.tensor(factors), factors > 2):
+        assert evaluation.mig(other, factors) > 0.2
+        assert np.isfinite(evaluation.mig_sampled(other, np.full(factors.shape, -9), factors))
 
 
 def test_a_bad_run_does_not_stop_the_others(runs, no_pictures, capsys):

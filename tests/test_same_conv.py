@@ -226,3 +226,44 @@ def test_training_with_it_is_training_without(monkeypatch):
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert set(seen) == {"winograd", "few outputs"}
     assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[1] - begin).norm()
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    """Each piece's V is gone when the next but one is made, though the weight would have a gradient elsewhere."""
+    import weakref
+
+    monkeypatch.setattr(same_conv, "_PIECE", 1)
+    tiles, alive, most = same_conv._tiles, [], []
+
+    def watched(*args):
+        V = tiles(*args)
+        most.append(sum(v() is not None for v in alive))
+        alive.append(weakref.ref(V))
+        return V
+
+    monkeypatch.setattr(same_conv, "_tiles", watched)
+    tensors, _ = case(6, 32, 32, 20, 20, 4)
+    with torch.no_grad():
+        out = same_conv2d(*tensors)
+    assert len(most) == 6 and max(most) <= 1 and not out.requires_grad
+    alive.clear()
+    same_conv2d(*tensors)
+    assert max(most) == 5  # kept, as it should be, where there is a backward pass
+
+
+@pytest.mark.parametrize("c_out", [64, 3])
+def test_the_default_device_does_not_matter(c_out):
+    tensors, _ = case(2, 64, c_out, 40, 36, 4)
+    expected = same_conv2d(*tensors)
+    same_conv._matrices.cache_clear()
+    with torch.device("meta"):
+        out = same_conv2d(*tensors)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("c_out", [64, 3])
+def test_a_bias_of_another_length_is_refused(c_out):
+    (x, weight, _), _ = case(2, 64, c_out, 40, 36, 4)
+    for wrong in (torch.ones(1), torch.ones(c_out + 1), torch.ones(c_out, 1)):
+        with pytest.raises(RuntimeError, match="bias"):
+            same_conv2d(x, weight, wrong)

@@ -865,4 +865,7 @@ def test_syntax_of_python_3_10(path):
             names.add(node.attr)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.FormattedValue) and node.format_spec:
+            spec = "".join(part.value for part in node.format_spec.values if isinstance(part, ast.Constant))
+            assert "z" not in spec, spec
     assert not names & later
