@@ -1336,7 +1336,7 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
                     elif not is_finished(job, every, how):  # by another, between the two lines above
                         finish(job, every, device, how, say)
             except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
-                failed[job.run] = told(e)  # the exception itself holds on to the model that was too large
+                failed[job.run] = explain(e)  # the exception itself holds on to the model that was too large
                 say(f"error: {failed[job.run]}")
         waiting = busy
         if waiting:
@@ -1902,14 +1902,14 @@ def evaluate_all(args) -> list[str]:
                 results.append(evaluate(run, args.device, args.votes, args.samples, args.seed))
                 print(f"{run} took {results[-1]['seconds']:.0f} s", file=sys.stderr)
             except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
-                failures.append(f"{run}: " * sbvae.lacks_memory(e) + told(e))
+                failures.append(f"{run}: " * sbvae.lacks_memory(e) + explain(e))
     finally:  # Ctrl-C does not lose what was done before it
         if results:
             print(table(results), flush=True)
     return failures
 
 
-def told(e) -> str:
+def explain(e) -> str:
     """What to say of an exception. One that is neither bad input nor a lack of memory is raised again."""
     if isinstance(e, (sbvae.InputError, OSError)):
         return str(e)
@@ -1933,7 +1933,7 @@ def main(arguments=None):
         else:
             failures = evaluate_all(args)
     except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:
-        failures = [told(e)]
+        failures = [explain(e)]
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     for e in failures:

@@ -495,6 +495,8 @@ def test_no_decoder_goes_below_the_floor_of_colored_sprites():
     per_channel = (entropy(v) + entropy(v * (1 - s)) + ramp) / 3
     floor = 0.042494423521889584 * 4096 * 3 * per_channel
     assert floor == pytest.approx(evaluation.SPRITES_FLOOR, abs=0.05)
+    no_colour = 0.042494423521889584 * 4096 * 3 * entropy(np.float64(0.5 * (1 - 0.5 / 2)))  # every mask, in mean gray
+    assert no_colour == pytest.approx(345.4, abs=0.05)  # as results/README.md says
     images = sbvae.Sprites().sample(6000, torch.Generator().manual_seed(0)).double()
     drawn = torch.distributions.Bernoulli(images, validate_args=False).entropy().sum((1, 2, 3))
     assert abs(drawn.mean() - floor) < 4 * drawn.std() / 6000**0.5 < 10
