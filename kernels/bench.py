@@ -19,6 +19,7 @@ Results go to results/kernel_<device>.csv and .md.
 
 import argparse
 import csv
+import io
 import math
 import os
 import platform
@@ -176,8 +177,8 @@ def passes(run, tensors, graph):
     return calls
 
 
-def bench_layer(args, rows):
-    """Fill `rows`; return the number of implementations that were wrong."""
+def bench_layer(args, rows, save):
+    """Fill `rows`, saved shape by shape; return the number of implementations that were wrong."""
     failures = 0
     for name in args.shapes:
         shape = SHAPES[name]
@@ -208,6 +209,7 @@ def bench_layer(args, rows):
                             + (peak, base[key] / ms)
                         )
                         print(markdown_row(rows[-1]), flush=True)
+                save()  # compiling takes long: who stops it keeps what there is
     return failures
 
 
@@ -249,7 +251,7 @@ def write(path, text):
     """Whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.write_text(text)
+        partial.write_text(text, newline="")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -315,22 +317,21 @@ def main(arguments=None):
         return 0
     columns = "| " + " | ".join(FIELDS) + " |\n|" + "---|" * len(FIELDS)
     print(header + "\n\n" + columns, flush=True)
-    rows = []
-    failures = bench_layer(args, rows)
-    line = decoder_line(args)
-    print("\n" + line)
-
-    out = Path(args.out)
+    rows, out = [], Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"kernel_{slug}" + ("_graph" if args.graph else "")
-    table = [columns, *(markdown_row(row) for row in rows)]
-    write(out / f"{stem}.md", "\n".join([header, "", *table, "", line, ""]))
-    partial = out / f"{stem}.csv.tmp"
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        writer.writerows(rows)
-    os.replace(partial, out / f"{stem}.csv")
+
+    def save(line="stopped before its end"):
+        table = [columns, *(markdown_row(row) for row in rows)]
+        write(out / f"{stem}.md", "\n".join([header, "", *table, "", line, ""]))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([FIELDS, *rows])
+        write(out / f"{stem}.csv", text.getvalue())
+
+    failures = bench_layer(args, rows, save)
+    line = decoder_line(args)
+    print("\n" + line)
+    save(line)
     print(f"wrote {out / stem}.csv and .md")
     return 1 if failures else 0
 

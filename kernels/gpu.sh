@@ -1,37 +1,120 @@
 #!/usr/bin/env bash
-# All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER], from the top of the repository.
-# Tests, benchmark of the layer (launched and as CUDA graphs) and of whole steps, other tile sizes, counters where ncu may be used.
+# All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER [PART ...]], from anywhere.
+#   tests    the tests that run on a GPU, then all others
+#   layer    the first layer's benchmark: correct first, then every shape, launched, as CUDA graphs, and compiled
+#   step     whole training steps, rung by rung, and several models at once
+#   short    20,000 steps on sprites: precision over 3 seeds, both decoders, FactorVAE; memory and use of the GPU
+#   circles  circles-xy at the paper's 500,000 steps, both decoders, SEEDS of each (default 2), then Figure 4
+#   sprites  sprites at the paper's 1,500,000 steps, likewise, with shuffled coordinates, then Figure 5
+#   tune     other tile sizes and ncu's counters, one constant at a time
+# Without a part all but sprites. Every part keeps what it has when it is stopped; started again, training runs are
+# carried on, and what has ended is not repeated.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-results/gpu}
+out=$(realpath -m "${1:-results/gpu}")
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune)
 python=${PYTHON:-python3}
 mkdir -p "$out"
-
 nvidia-smi >"$out/device.txt" 2>&1
-"$python" -m pytest -q tests/test_kernels.py tests/test_kernels_triton.py 2>&1 | tee "$out/tests.txt"
-status=$?
+status=0
 
-"$python" -m kernels.bench --device cuda --out "$out" 2>&1 | tee "$out/bench.txt" || status=1
-"$python" -m kernels.bench --device cuda --graph --no-compile --out "$out" 2>&1 |
-    tee "$out/bench_graph.txt" || status=1
+logged() { # NAME COMMAND ...: shown and kept
+    local log="$out/$1.txt"
+    shift
+    "$@" 2>&1 | tee "$log" || status=1
+}
 
-# Whole training steps, and several runs at once.
-"$python" -m pytest -q tests/test_train.py 2>&1 | tee "$out/tests_train.txt"
-"$python" -m kernels.bench --step --replicas 1 2 4 8 --out "$out" 2>&1 | tee "$out/step.txt" || status=1
+train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done already
+    local name=$1 how=(--out "runs/$1")
+    shift
+    how+=("$@")
+    [ -e "runs/$name/checkpoint.pt" ] && how=(--resume "runs/$name")
+    "$python" sbvae.py "${how[@]}" >>"$out/train_$name.txt" 2>&1
+    echo "$name, exit code $?: $(grep step "$out/train_$name.txt" | tail -n 1)"
+    cp "runs/$name/metrics.jsonl" "$out/$name.jsonl"
+}
 
-# One constant at a time, on the shape the targets are set for.
-for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
-    _MAX_IMAGES=64 _BACKWARD_TILE=1024 _BACKWARD_TILE=4096 _PIXELS=32 _PIXELS=128 _CHANNELS=32; do
-    "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
-        --set "$setting" --out "$out/$setting" 2>&1 | grep -E 'triton|WRONG|;' |
-        sed "s/^/$setting /"
-done | tee "$out/sweep.txt"
+tests() {
+    logged tests_kernels "$python" -m pytest -q tests/test_kernels_triton.py tests/test_kernels.py
+    logged tests_train "$python" -m pytest -q -k "gpu or captured or cuda or graph"
+    logged tests_all "$python" -m pytest -q
+}
 
-if command -v ncu >/dev/null; then
-    ncu --kernel-name 'regex:_(prepare|forward|backward|backward_last|finish)_kernel' \
+layer() {
+    logged bench_graph "$python" -m kernels.bench --device cuda --graph --no-compile --out "$out"
+    logged bench "$python" -m kernels.bench --device cuda --no-compile --out "$out"
+    logged bench_compiled "$python" -m kernels.bench --device cuda --out "$out/compiled" \
+        --shapes paper-256 paper-16 monet iodine slots paper-32 8x8
+}
+
+step() {
+    logged step "$python" -m kernels.bench --step --replicas 1 2 4 8 --out "$out"
+}
+
+short() {
+    nvidia-smi --query-gpu=timestamp,utilization.gpu,memory.used --format=csv -l 1 >"$out/use.csv" &
+    local watch=$! decoder precision seed
+    train sprites-eager --steps 3000 # these two alone: their logs tell the steps a second
+    train sprites-graph --steps 20000 --cuda-graph
+    kill $watch
+    for decoder in broadcast deconv; do
+        train sprites-vae-$decoder --decoder $decoder --steps 20000 --cuda-graph &
+        train sprites-factorvae-$decoder --model factorvae --decoder $decoder --steps 20000 --cuda-graph &
+    done
+    wait
+    for precision in fp32 tf32 bf16; do
+        for seed in 0 1 2; do
+            train sprites-$precision-$seed --precision $precision --seed $seed --steps 20000 --cuda-graph &
+        done
+        wait
+    done
+    logged eval_short "$python" eval.py runs/sprites-{fp32,tf32,bf16}-{0,1,2} runs/sprites-{vae,factorvae}-{broadcast,deconv}
+}
+
+figure() { # NAME DATASET VARIANT ...: its runs side by side, where --reproduce looks for them; then the figure
+    local name=$1 data=$2 seed variant
+    shift 2
+    for ((seed = 0; seed < ${SEEDS:-2}; seed++)); do
+        for variant in "$@"; do # as in "broadcast --shuffle-coords"
+            local run=$data-${variant/ --shuffle-coords/-shufflecoordsTrue}
+            ((seed > 0)) && run+=-seed$seed
+            # shellcheck disable=SC2086
+            train "$run" --dataset "$data" --seed $seed --cuda-graph --decoder $variant &
+        done
+    done
+    wait
+    logged "$name" "$python" eval.py --reproduce "$name" --replicas "${SEEDS:-2}"
+    cp -r "results/$name".* "$out"
+}
+
+circles() { figure fig4 circles-xy broadcast deconv; }
+
+sprites() { figure fig5 sprites broadcast deconv "broadcast --shuffle-coords"; }
+
+tune() {
+    local setting
+    for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
+        _MAX_IMAGES=64 _BACKWARD_TILE=1024 _BACKWARD_TILE=4096 _PIXELS=32 _PIXELS=128 _CHANNELS=32; do
+        "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
+            --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|WRONG|;' | sed "s/^/$setting /"
+    done | tee "$out/tune.txt"
+    command -v ncu >/dev/null && "ncu" --clock-control none \
+        --kernel-name 'regex:_(prepare|forward|backward|backward_last|finish)_kernel' \
         --launch-skip 20 --launch-count 16 --section SpeedOfLight --section Occupancy \
         --section MemoryWorkloadAnalysis \
         "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.01 \
-        --out "$out/ncu" >"$out/ncu.txt" 2>&1 || echo "ncu did not work: see $out/ncu.txt"
-fi
+        --out "$out/tune" >"$out/ncu.txt" 2>&1 || echo "no counters: see $out/ncu.txt"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+    tests | layer | step | short | circles | sprites | tune) $part ;;
+    *)
+        echo "error: no part $part; see the top of kernels/gpu.sh" >&2
+        exit 2
+        ;;
+    esac
+done
 exit $status

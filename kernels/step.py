@@ -13,7 +13,8 @@ convolutions and linear layers, without the first layer after the tile, which ne
 device in the same run; and the activations written and read once per pass, at the rate of `copy_`.
 In fp32 on a CPU same_conv.py needs fewer and goes below: then a layer has more than 100% of the
 rate. The split by layer times each convolution by itself, forward and backward. `--replicas` trains several
-seeds at once, each in a process of its own, and sums up their steps.
+seeds at once, each in a process of its own, and sums up their steps; on a GPU also in one process, each on a stream of
+its own.
 
 Results go to results/step_<device>.md. Needs sbvae.py beside kernels/.
 """
@@ -217,6 +218,25 @@ def replicas(device, counts, steps, changes=()):
     return rows
 
 
+def streams(sbvae, config, rung, counts, seconds):
+    """Rows (models at once, steps/s of all together): captured steps, replayed in turn, each on a stream of its own."""
+    rows = []
+    for n in counts:
+        configs = [sbvae.dataclasses.replace(config, seed=seed) for seed in range(n)]
+        both = [(make_step(sbvae, c, "cuda", rung), torch.cuda.Stream()) for c in configs]
+        torch.cuda.synchronize()
+        begun, steps = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begun) < seconds:
+            for _ in range(100):
+                for step, stream in both:
+                    with torch.cuda.stream(stream):
+                        step()
+            torch.cuda.synchronize()
+            steps += 100 * n
+        rows.append((n, steps / spent))
+    return rows
+
+
 def main(args, header):
     """Called by kernels.bench, with its arguments -> the markdown that it writes."""
     import sbvae
@@ -255,4 +275,10 @@ def main(args, header):
             "| at once | threads each | steps/s each | steps/s in all |", "|---|---|---|---|")
         for n, threads, each, together in replicas(args.device, args.replicas, 60 if args.device == "cpu" else 6000):
             say(f"| {n} | {threads} | {each:.4g} | {together:.4g} |")
+    if args.replicas and args.device != "cpu":
+        config = sbvae.resolve(sbvae.Config(device=args.device, image_shape=[3, 64, 64]))
+        *_, rung = rungs(args.device, "bf16", True).values()
+        say("", "## Replicas, each on its own stream in one process", "", "| at once | steps/s in all |", "|---|---|")
+        for n, together in streams(sbvae, config, rung, args.replicas, args.seconds * 10):
+            say(f"| {n} | {together:.4g} |")
     return "\n".join(lines) + "\n"

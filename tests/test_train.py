@@ -305,6 +305,25 @@ def test_a_captured_step_does_what_an_eager_one_does(model, tmp_path):
         torch.testing.assert_close(weights[1][name], eager, rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("change", [{}, dict(decoder="deconv"), dict(model="factorvae"), dict(precision="fp32")])
+def test_deterministic_gives_the_same_bits_on_a_gpu(change, graph, tmp_path):
+    """Two runs from one seed, and one resumed half-way, end with the same log and weights; another seed's does not."""
+    ends = []
+    for name, stops, seed in (("a", [60], 0), ("b", [60], 0), ("resumed", [30, 60], 0), ("other", [60], 1)):
+        config = Config(**change, steps=stops[0], log_every=10, device="cuda", cuda_graph=graph, deterministic=True,
+                        seed=seed, out=str(tmp_path / name))
+        sbvae.train(config)
+        for stop in stops[1:]:
+            sbvae.train(Config(resume=config.out, steps=stop))
+        state = sbvae.load(config.out).state_dict()
+        ends.append((history(Path(config.out)), torch.cat([v.flatten() for v in state.values()])))
+    for lines, weights in ends[1:3]:
+        assert lines == ends[0][0] and torch.equal(weights, ends[0][1])
+    assert not torch.equal(ends[3][1], ends[0][1])
+
+
 def test_a_diverged_run_ends_with_one_line(tmp_path):
     done = run(*QUICK, "--steps", 200, "--lr", 1e12, "--out", "r", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
