@@ -38,6 +38,8 @@ import numpy as np
 
 if __name__ == "__main__":  # as in sbvae.py, for the runs that --reproduce trains
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
 
 import torch
 
@@ -1919,7 +1921,7 @@ def explain(e) -> str:
 
 
 def main(arguments=None):
-    sbvae.prepare_streams()
+    sbvae.prepare_process()
     failures = []
     try:
         args = parse(arguments)

@@ -39,6 +39,8 @@ from typing import NamedTuple
 
 if __name__ == "__main__":  # read when torch is loaded: threads that wait for each other sleep. Were they to spin, two
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # runs on the same two cores would slow each other six times
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch is loaded: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `prepare_process`
 
 import torch
 import torch.nn.functional as F
@@ -1093,8 +1095,10 @@ def parse(arguments=None) -> Config:
     return Config(**vars(parser.parse_args(arguments)))
 
 
-def prepare_streams():
-    """Output goes on where a stream is closed, and where a folder's name is no text."""
+def prepare_process():
+    """Output goes on where a stream is closed, and where a folder's name is no text. Ctrl-C is KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -1104,7 +1108,7 @@ def lacks_memory(e: Exception) -> bool:
 
 
 def main():
-    prepare_streams()
+    prepare_process()
     try:
         train(parse())
     except (InputError, OSError, FloatingPointError) as e:

@@ -582,6 +582,17 @@ sbvae.vae_loss = lambda *a: os.kill(os.getpid(), signal.SIGINT) or vae_loss(*a)
     assert status == 0 and "done     3 steps" in text, text
 
 
+@pytest.mark.parametrize("program", ["sbvae.py", "eval.py"])
+def test_ctrl_c_while_torch_is_loaded(program, tmp_path):
+    """Which takes seconds, before any line of ours could catch it."""
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    started = subprocess.Popen([sys.executable, ROOT / program], env=dict(os.environ, PYTHONPATH=str(tmp_path)),
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout.readline() == "loading\n"
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=50)[1] == "" and started.returncode == -signal.SIGINT
+
+
 # ------------------------------------------------------------------------------- other versions
 
 
