@@ -7,8 +7,8 @@
 #   circles  circles-xy at the paper's 500,000 steps, both decoders, SEEDS of each (default 2), then Figure 4
 #   sprites  sprites at the paper's 1,500,000 steps, likewise, with shuffled coordinates, then Figure 5
 #   tune     other tile sizes and ncu's counters, one constant at a time
-# Without a part all but sprites. Every part keeps what it has when it is stopped; started again, training runs are
-# carried on, and what has ended is not repeated.
+# Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
+# runs and measures the rest anew.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
@@ -38,8 +38,9 @@ train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done alread
 
 tests() {
     logged tests_kernels "$python" -m pytest -q tests/test_kernels_triton.py tests/test_kernels.py
-    logged tests_train "$python" -m pytest -q -k "gpu or captured or cuda or graph"
-    logged tests_all "$python" -m pytest -q
+    local others=(--ignore tests/test_kernels_triton.py --ignore tests/test_kernels.py) lane="gpu or captured or cuda or graph"
+    logged tests_gpu "$python" -m pytest -q "${others[@]}" -k "$lane"
+    logged tests_others "$python" -m pytest -q "${others[@]}" -k "not ($lane)"
 }
 
 layer() {

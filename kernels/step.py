@@ -223,7 +223,11 @@ def streams(sbvae, config, rung, counts, seconds):
     rows = []
     for n in counts:
         configs = [sbvae.dataclasses.replace(config, seed=seed) for seed in range(n)]
-        both = [(make_step(sbvae, c, "cuda", rung), torch.cuda.Stream()) for c in configs]
+        try:
+            both = [(make_step(sbvae, c, "cuda", rung), torch.cuda.Stream()) for c in configs]
+        except RuntimeError as e:
+            print(f"{n} on streams: not run ({' '.join(str(e).split())[:200]})", flush=True)
+            break
         torch.cuda.synchronize()
         begun, steps = time.perf_counter(), 0
         while (spent := time.perf_counter() - begun) < seconds:
