@@ -1288,24 +1288,6 @@ def finish(job, every, device, how, say):
             if k != "step" and numbers[k] is not None) + f"; {sbvae.clock(time.perf_counter() - start)}")
 
 
-def share_machine() -> tuple[int, int]:
-    """-> rank, number of processes, as torchrun tells them (0, 1 without it). Takes this process's GPU, or its share
-    of the cores."""
-    told = {name: os.environ.get(name, usual) for name, usual in (
-        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
-    try:
-        rank, world, local, beside = map(int, told.values())
-        if not (0 <= rank < world and 0 <= local < beside):
-            raise ValueError("ranks count from 0")
-    except ValueError as e:
-        raise sbvae.InputError(f"these variables do not come from torchrun, unset them: {told}") from e
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())  # "cuda" is from now on this one
-    if beside > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-    return rank, world
-
-
 def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=800, samples=10_000, seed=0):
     """Train and evaluate what an experiment lacks, then write results/NAME.md, NAME.png and raw/<run>.json.
 
@@ -1317,7 +1299,7 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
     runs could not be made.
     """
     jobs, how = list_jobs(name, replicas, steps), estimator(votes, samples, seed)
-    rank, world = share_machine()
+    rank, world = sbvae.share_machine()
     sbvae.choose_device(sbvae.resolve(sbvae.Config(device=device)))
     who = f"rank {rank}: " * (world > 1)
     for job in jobs:

@@ -6,6 +6,7 @@
     python sbvae.py --dataset sprites --model factorvae              # appendix C
     python sbvae.py --dataset sprites --steps 20000                  # a first look, on a laptop
     python sbvae.py --resume runs/sprites-broadcast-steps20000       # carry on where it stopped
+    torchrun --nproc-per-node 2 sbvae.py --seeds 0-24                # all seeds of a table, two at a time
 
 Needs torch and numpy; matplotlib draws the pictures and tqdm the bar if they are there. Sprites are drawn
 on the fly, bit-exact with dSprites: no download. The file works when copied alone; `kernels/` makes it
@@ -323,7 +324,7 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
     generator)` -> (n, C, H, W) float32 in [0, 1] on the device, and where the ground truth is known (else None)
     `factor_names`, `factor_sizes` and `draw(factors)` -> (N, C, H, W) from integer classes (N, F).
     """
-    name = str(name_or_path)
+    name, device = str(name_or_path), find_device(device)
     if name == "sprites":
         return Sprites(device)
     try:
@@ -810,14 +811,18 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
 # --------------------------------------------------------------------------------------------------- training
 
 
+def find_device(name) -> torch.device:
+    """Raises InputError when it can't be used."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name} cannot be used ({str(e).splitlines()[0]}); choose cpu, or cuda[:N] where "
+                         "there is a GPU") from e
+
+
 def choose_device(config: Config) -> tuple[torch.device, str, str]:
     """-> device, precision, why this precision. Raises InputError."""
-    try:
-        device = torch.device(config.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {config.device} cannot be used ({str(e).splitlines()[0]}); choose cpu, or "
-                         "cuda[:N] where there is a GPU") from e
+    device = find_device(config.device)
     cuda = device.type == "cuda"
     if not cuda and (device.type != "cpu" or config.precision == "tf32" or config.kernel == "triton"
                      or config.cuda_graph):
@@ -908,7 +913,8 @@ def versions(device=None) -> dict:
     else:
         with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:  # Linux alone tells it
             hardware = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
-        hardware += f", {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        hardware += f", {threads} thread" + "s" * (threads > 1)
     return dict(commit=commit, torch=torch.__version__, python=platform.python_version(),
                 platform=platform.platform(), hardware=hardware)
 
@@ -1000,7 +1006,8 @@ def train(config: Config) -> dict:
         stopped.append(number)
         signal.signal(number, handlers[number])
 
-    bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() else None
+    several = "RANK" in os.environ  # torchrun's processes share the terminal
+    bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() and not several else None
     say = bar.write if bar else functools.partial(print, flush=True)
     first, begun, begun_at, advance = step, time.perf_counter(), step, one_step
     try:
@@ -1045,7 +1052,8 @@ def train(config: Config) -> dict:
                               images_per_s=rate * config.batch_size, seconds_left=(config.steps - step) / rate)
                 log.write(json.dumps(record).encode() + b"\n")
                 log.flush()
-                say(f"step {step:>9,}  ELBO {record['elbo']:8.2f}  NLL {record['nll']:8.2f}  KL {record['kl']:6.2f}  "
+                say(f"seed {config.seed:<4} " * several + f"step {step:>9,}  "
+                    f"ELBO {record['elbo']:8.2f}  NLL {record['nll']:8.2f}  KL {record['kl']:6.2f}  "
                     f"latents used {record['latents_used']:5.2f}  "
                     + (f"TC {record['tc']:6.3f}  D loss {record['d_loss']:.4f}  " if factor else "")
                     + f"{record['images_per_s']:7,.0f} images/s  {clock(record['seconds_left'])} left")
@@ -1070,6 +1078,49 @@ def train(config: Config) -> dict:
     return record
 
 
+def share_machine() -> tuple[int, int]:
+    """-> rank, number of processes, as torchrun tells them (0, 1 without it). Takes this process's GPU, or its share
+    of the cores."""
+    told = {name: os.environ.get(name, usual) for name, usual in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+    try:
+        rank, world, local, beside = map(int, told.values())
+        if not (0 <= rank < world and 0 <= local < beside):
+            raise ValueError("ranks count from 0")
+    except ValueError as e:
+        raise InputError(f"these variables do not come from torchrun, unset them: {told}") from e
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())  # "cuda" is from now on this one
+    if beside > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+    return rank, world
+
+
+def train_seeds(config: Config, seeds: str) -> list[str]:
+    """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them, or <out>-seed<n>;
+    what is there is carried on. Under torchrun each process takes its share of them. -> what diverged, which does
+    not stop the others. Raises InputError."""
+    try:
+        first, last = map(int, seeds.split("-"))
+    except ValueError:
+        first, last = 0, -1
+    if not first <= last < 2**63 - 1:
+        raise InputError(f"--seeds must be the first and the last, such as 0-24, not {seeds!r}")
+    if config.seed is not None or config.resume is not None:
+        raise InputError("--seeds gives each run its own seed and folder, and resumes it; drop --seed and --resume")
+    diverged, (rank, world) = [], share_machine()
+    for seed in range(first + rank, last + 1, world):
+        c = dataclasses.replace(config, seed=seed)
+        run = f"{c.out}-seed{seed}" if c.out else default_out(c)
+        there = (Path(run) / "checkpoint.pt").exists()
+        try:
+            train(dataclasses.replace(c, resume=run if there else None, out=None if there else run))
+        except FloatingPointError as e:
+            print(f"error: {e}", file=sys.stderr)
+            diverged.append(str(e))
+    return diverged
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -1078,8 +1129,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse(arguments=None) -> Config:
-    """The command line as a Config. Raises InputError."""
+def parse(arguments=None) -> tuple[Config, str | None]:
+    """The command line as a Config, and --seeds. Raises InputError."""
     parser = Parser(
         prog="sbvae.py", allow_abbrev=False, description="Train the Spatial Broadcast VAE (Watters et al. 2019) and "
         "its relatives. Defaults are the paper's; brackets say where they stand in it.")
@@ -1092,7 +1143,12 @@ def parse(arguments=None) -> Config:
             how = dict(action="store_true", default=None) if kind is bool else dict(
                 type=kind, choices=choices, metavar=None if choices else kind.__name__)
             group.add_argument(flag(f.name), help=f.metadata["help"], **how)
-    return Config(**vars(parser.parse_args(arguments)))
+            if f.name == "seed":
+                group.add_argument("--seeds", metavar="A-B", help="a run for each of them, one after the other, or "
+                                   "through torchrun as many at once as it has processes")
+    given = vars(parser.parse_args(arguments))
+    seeds = given.pop("seeds")
+    return Config(**given), seeds
 
 
 def prepare_process():
@@ -1110,14 +1166,18 @@ def lacks_memory(e: Exception) -> bool:
 def main():
     prepare_process()
     try:
-        train(parse())
+        config, seeds = parse()
+        if seeds is None:
+            train(config)
+        elif train_seeds(config, seeds) and "RANK" not in os.environ:  # torchrun ends all processes when one fails
+            sys.exit(1)
     except (InputError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1 if isinstance(e, FloatingPointError) else 2)
     except (MemoryError, RuntimeError) as e:
         if not lacks_memory(e):
             raise
-        print("error: out of memory; lower --batch-size", file=sys.stderr)
+        print("error: out of memory; lower --batch-size, in another --out", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

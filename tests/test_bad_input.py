@@ -718,6 +718,14 @@ def test_a_set_of_one_image(tmp_path):
     assert sbvae.train(Config(dataset=str(tmp_path / "one.npz"), out=str(tmp_path / "r"), **MODEL))["step"] == 2
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:999", "", "cpu:x"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(sbvae.InputError, match="cannot be used"):
+        sbvae.load_dataset("sprites", device)
+    with pytest.raises(sbvae.InputError, match="cannot be used"):
+        sbvae.load_dataset("circles-xy", device, data_dir="not-even-looked-at")
+
+
 def test_there_are_enough_cases():
     parametrized = len(COMMANDS) + len(CIRCLES) + len(CONFIGS) + len(EDITS) + 3 * len(LOGS) + 80 + 80 + 30 + 80
     assert parametrized >= 300 and len({re.sub(r"\W", "", str(c)) for c in COMMANDS}) > 200

@@ -1,5 +1,6 @@
 """The program as people run it: runs, resumes, signals, errors, the single file."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -334,6 +335,83 @@ def write_npz(path, **arrays):
     return path
 
 
+def test_seeds_are_runs_by_themselves(tmp_path):
+    """One after the other, dealt out by torchrun, or each started by hand: the same bits. And they are carried on."""
+    words = [*QUICK, "--steps", 5]
+
+    def start(*arguments, launcher=()):
+        launch = [sys.executable, *launcher, *command(*arguments)[1:]]
+        done = subprocess.run(launch, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    for seed in (7, 8):
+        start(*words, "--seed", seed, "--out", f"alone-seed{seed}")
+    assert sum(line.startswith("done     3 steps") for line in start(*QUICK, "--steps", 3, "--seeds", "7-8")) == 2
+    assert sorted(p.name[-5:] for p in (tmp_path / "runs").iterdir()) == ["seed7", "seed8"]
+    start(*words, "--seeds", "7-8", "--out", "serial")
+    if torch.distributed.is_available():
+        start(*QUICK, "--steps", 3, "--seed", 8, "--out", "dealt-seed8")  # half of it is there
+        lines = start(*words, "--seeds", "7-8", "--out", "dealt", launcher=[
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+        assert sorted(" ".join(line.split()[:4]) for line in lines if line.startswith("seed")) == [
+            "seed 7 step 3", "seed 7 step 5", "seed 8 step 5"]
+    for how in ("serial", "dealt") if torch.distributed.is_available() else ("serial",):
+        for seed in (7, 8):
+            assert_same_runs(tmp_path / f"{how}-seed{seed}", tmp_path / f"alone-seed{seed}")
+    with pytest.raises(AssertionError):  # the seeds themselves differ
+        assert_same_runs(tmp_path / "serial-seed7", tmp_path / "alone-seed8")
+    before = (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes()
+    assert not any(line.startswith("step") for line in start(*words, "--seeds", "7-8", "--out", "serial"))
+    assert (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes() == before
+    other = run(*words, "--seeds", "7-8", "--out", "serial", "--lr", "0.1", cwd=tmp_path)
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1) and "serial-seed7 was trained with" in other.stderr
+
+
+def assert_same_runs(a, b):
+    assert_same_state(a, b)
+    assert history(a) == history(b)
+
+
+@pytest.mark.parametrize("rank, code", [(None, 1), ("0", 0)])
+def test_a_seed_that_diverges_does_not_stop_the_others(rank, code, tmp_path, monkeypatch, capsys):
+    """Nor those of torchrun's other processes, which it would end if this one failed."""
+    monkeypatch.chdir(tmp_path)
+    trained = []
+
+    def train(config):
+        trained.append((config.seed, config.out))
+        if config.seed == 3:
+            raise FloatingPointError("diverged: kl is nan at step 4")
+
+    monkeypatch.setattr(sbvae, "train", train)
+    monkeypatch.setattr(sys, "argv", ["sbvae.py", "--seeds", "2-4", "--out", "x"])
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as left:
+        sbvae.main()
+    assert trained == [(2, "x-seed2"), (3, "x-seed3"), (4, "x-seed4")] and (not code or left.value.code == code)
+    assert capsys.readouterr().err == "error: diverged: kl is nan at step 4\n"
+
+
+def test_the_seeds_of_a_process(monkeypatch):
+    """Every seed is one process's, whatever their number."""
+    monkeypatch.setattr(sbvae, "train", lambda config: mine.append(config.seed))
+    threads = torch.get_num_threads()
+    for world in (1, 2, 3, 7):
+        mine = []
+        for rank in range(world):
+            for name, value in dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=world).items():
+                monkeypatch.setenv(name, str(value))
+            before = len(mine)
+            sbvae.train_seeds(Config(), "10-14")
+            assert abs(len(mine) - before - 5 / world) < 1
+        assert sorted(mine) == [10, 11, 12, 13, 14]
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dataset, decoder, shape", [
     ("circles-xy:hole-center", "broadcast", (3, 64, 64)), ("circles-xh:blank", "deconv", (3, 64, 64)),
     ("objects", "broadcast", (3, 64, 64)), ("mine.npz", "broadcast", (1, 20, 12)), ("mine4.npz", "deconv", (4, 32, 64)),
@@ -402,6 +480,11 @@ BAD = [  # arguments, what the one line must contain
     (["--resume", ""], "no run"),
     (["--conv-layers", "20000"], "--conv-layers"),
     (["--seed", "99999999999999999999"], "--seed"),
+    (["--seeds", "5-3"], "--seeds"),
+    (["--seeds", "3"], "--seeds"),
+    (["--seeds", "0-99999999999999999999"], "--seeds"),
+    (["--seeds", "0-1", "--seed", "3"], "--seed"),
+    (["--seeds", "0-1", "--resume", "r"], "--resume"),
 ]
 
 
