@@ -1099,22 +1099,25 @@ def share_machine() -> tuple[int, int]:
 def train_seeds(config: Config, seeds: str) -> list[str]:
     """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them, or <out>-seed<n>;
     what is there is carried on. Under torchrun each process takes its share of them. -> what diverged, which does
-    not stop the others. Raises InputError."""
+    not stop the others. Raises InputError, before anything is trained, for what cannot be done."""
     try:
         first, last = map(int, seeds.split("-"))
     except ValueError:
         first, last = 0, -1
-    if not first <= last < 2**63 - 1:
-        raise InputError(f"--seeds must be the first and the last, such as 0-24, not {seeds!r}")
+    if not first <= last < first + 10_000:
+        raise InputError(f"--seeds must be the first and the last, such as 0-24, 10,000 at most, not {seeds!r}")
     if config.seed is not None or config.resume is not None:
         raise InputError("--seeds gives each run its own seed and folder, and resumes it; drop --seed and --resume")
-    diverged, (rank, world) = [], share_machine()
+    runs, diverged, (rank, world) = [], [], share_machine()
     for seed in range(first + rank, last + 1, world):
         c = dataclasses.replace(config, seed=seed)
-        run = f"{c.out}-seed{seed}" if c.out else default_out(c)
+        run = f"{Path(c.out)}-seed{seed}" if c.out else default_out(c)
         there = (Path(run) / "checkpoint.pt").exists()
+        runs.append(dataclasses.replace(c, resume=run if there else None, out=None if there else run))
+        read_run(runs[-1])
+    for c in runs:
         try:
-            train(dataclasses.replace(c, resume=run if there else None, out=None if there else run))
+            train(c)
         except FloatingPointError as e:
             print(f"error: {e}", file=sys.stderr)
             diverged.append(str(e))

@@ -365,8 +365,9 @@ def test_seeds_are_runs_by_themselves(tmp_path):
     before = (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes()
     assert not any(line.startswith("step") for line in start(*words, "--seeds", "7-8", "--out", "serial"))
     assert (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes() == before
-    other = run(*words, "--seeds", "7-8", "--out", "serial", "--lr", "0.1", cwd=tmp_path)
+    other = run(*words, "--seeds", "6-8", "--out", "serial", "--lr", "0.1", cwd=tmp_path)
     assert (other.returncode, other.stderr.count("\n")) == (2, 1) and "serial-seed7 was trained with" in other.stderr
+    assert not (tmp_path / "serial-seed6").exists() and "step" not in other.stdout  # told before anything is trained
 
 
 def assert_same_runs(a, b):
