@@ -891,10 +891,11 @@ def capture(one_step, generator):
     as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
     state, sums and the generator's offset live on the device, and each replay moves them on."""
     try:
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)  # else replays would draw the same numbers again
-        with torch.cuda.graph(graph):
-            one_step()
+        with torch.cuda.device(generator.device):
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)  # else replays would draw the same numbers again
+            with torch.cuda.graph(graph):
+                one_step()
     except (RuntimeError, AttributeError) as e:
         return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:120]})"
     return graph.replay, "a step is one CUDA graph"
@@ -1073,8 +1074,10 @@ def train(config: Config) -> dict:
         log.close()
     if step < config.steps:
         print(f"stopped at step {step:,}; carry on with: python sbvae.py --resume {run}")
+    else:
+        print(f"done     {step:,} steps; weights, metrics and pictures are in {run}")
+    if stopped:  # in the last step, too: the caller may have more to train
         raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
-    print(f"done     {step:,} steps; weights, metrics and pictures are in {run}")
     return record
 
 
@@ -1096,10 +1099,11 @@ def share_machine() -> tuple[int, int]:
     return rank, world
 
 
-def train_seeds(config: Config, seeds: str) -> list[str]:
-    """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them, or <out>-seed<n>;
-    what is there is carried on. Under torchrun each process takes its share of them. -> what diverged, which does
-    not stop the others. Raises InputError, before anything is trained, for what cannot be done."""
+def train_seeds(config: Config, seeds: str) -> int:
+    """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them (the usual one for
+    seed 0), or <out>-seed<n>. What is there is carried on, what is finished left alone. Under torchrun each process
+    takes its share of them. A run that diverges or cannot be made does not stop the others: -> the exit code. Raises
+    InputError when one of the share cannot be made, before any of it is trained."""
     try:
         first, last = map(int, seeds.split("-"))
     except ValueError:
@@ -1108,20 +1112,29 @@ def train_seeds(config: Config, seeds: str) -> list[str]:
         raise InputError(f"--seeds must be the first and the last, such as 0-24, 10,000 at most, not {seeds!r}")
     if config.seed is not None or config.resume is not None:
         raise InputError("--seeds gives each run its own seed and folder, and resumes it; drop --seed and --resume")
-    runs, diverged, (rank, world) = [], [], share_machine()
-    for seed in range(first + rank, last + 1, world):
+    rank, world = share_machine()
+    share, code = range(first + rank, last + 1, world), 0
+
+    def unfinished(seed):  # what to train, or None; asked anew when its turn comes, as it may be hours later
         c = dataclasses.replace(config, seed=seed)
-        run = f"{Path(c.out)}-seed{seed}" if c.out else default_out(c)
+        run = f"{Path(c.out)}-seed{seed}" if c.out else default_out(dataclasses.replace(c, seed=seed or None))
         there = (Path(run) / "checkpoint.pt").exists()
-        runs.append(dataclasses.replace(c, resume=run if there else None, out=None if there else run))
-        read_run(runs[-1])
-    for c in runs:
+        c = dataclasses.replace(c, resume=run if there else None, out=None if there else run)
+        full, checkpoint = read_run(c)
+        return None if checkpoint and checkpoint["step"] == full.steps else c
+
+    for seed in share:
+        unfinished(seed)
+    for seed in share:
         try:
-            train(c)
-        except FloatingPointError as e:
-            print(f"error: {e}", file=sys.stderr)
-            diverged.append(str(e))
-    return diverged
+            if c := unfinished(seed):
+                train(c)
+            else:
+                print(f"seed {seed}: done before")
+        except (FloatingPointError, InputError) as e:
+            print(f"error: seed {seed}: {e}", file=sys.stderr)
+            code = max(code, 1 if isinstance(e, FloatingPointError) else 2)
+    return code
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1172,8 +1185,8 @@ def main():
         config, seeds = parse()
         if seeds is None:
             train(config)
-        elif train_seeds(config, seeds) and "RANK" not in os.environ:  # torchrun ends all processes when one fails
-            sys.exit(1)
+        elif (code := train_seeds(config, seeds)) and "RANK" not in os.environ:  # torchrun would end the others
+            sys.exit(code)
     except (InputError, OSError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1 if isinstance(e, FloatingPointError) else 2)

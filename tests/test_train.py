@@ -340,9 +340,10 @@ def test_seeds_are_runs_by_themselves(tmp_path):
     words = [*QUICK, "--steps", 5]
 
     def start(*arguments, launcher=()):
-        launch = [sys.executable, *launcher, *command(*arguments)[1:]]
-        done = subprocess.run(launch, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                              text=True, timeout=300)
+        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))  # as many as each of torchrun's two takes
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run([sys.executable, *launcher, *command(*arguments)[1:]], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
@@ -362,9 +363,9 @@ def test_seeds_are_runs_by_themselves(tmp_path):
             assert_same_runs(tmp_path / f"{how}-seed{seed}", tmp_path / f"alone-seed{seed}")
     with pytest.raises(AssertionError):  # the seeds themselves differ
         assert_same_runs(tmp_path / "serial-seed7", tmp_path / "alone-seed8")
-    before = (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes()
-    assert not any(line.startswith("step") for line in start(*words, "--seeds", "7-8", "--out", "serial"))
-    assert (tmp_path / "serial-seed7" / "checkpoint.pt").read_bytes() == before
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.glob("serial-seed*/*")}
+    assert start(*words, "--seeds", "7-8", "--out", "serial") == ["seed 7: done before", "seed 8: done before"]
+    assert len(before) == 10 and before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before}
     other = run(*words, "--seeds", "6-8", "--out", "serial", "--lr", "0.1", cwd=tmp_path)
     assert (other.returncode, other.stderr.count("\n")) == (2, 1) and "serial-seed7 was trained with" in other.stderr
     assert not (tmp_path / "serial-seed6").exists() and "step" not in other.stdout  # told before anything is trained
@@ -375,8 +376,9 @@ def assert_same_runs(a, b):
     assert history(a) == history(b)
 
 
-@pytest.mark.parametrize("rank, code", [(None, 1), ("0", 0)])
-def test_a_seed_that_diverges_does_not_stop_the_others(rank, code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rank, error, code", [
+    (None, FloatingPointError, 1), (None, sbvae.InputError, 2), ("0", FloatingPointError, 0)])
+def test_a_seed_that_fails_does_not_stop_the_others(rank, error, code, tmp_path, monkeypatch, capsys):
     """Nor those of torchrun's other processes, which it would end if this one failed."""
     monkeypatch.chdir(tmp_path)
     trained = []
@@ -384,7 +386,7 @@ def test_a_seed_that_diverges_does_not_stop_the_others(rank, code, tmp_path, mon
     def train(config):
         trained.append((config.seed, config.out))
         if config.seed == 3:
-            raise FloatingPointError("diverged: kl is nan at step 4")
+            raise error("something of seed 3")
 
     monkeypatch.setattr(sbvae, "train", train)
     monkeypatch.setattr(sys, "argv", ["sbvae.py", "--seeds", "2-4", "--out", "x"])
@@ -394,23 +396,38 @@ def test_a_seed_that_diverges_does_not_stop_the_others(rank, code, tmp_path, mon
     with pytest.raises(SystemExit) if code else contextlib.nullcontext() as left:
         sbvae.main()
     assert trained == [(2, "x-seed2"), (3, "x-seed3"), (4, "x-seed4")] and (not code or left.value.code == code)
-    assert capsys.readouterr().err == "error: diverged: kl is nan at step 4\n"
+    assert capsys.readouterr().err == "error: seed 3: something of seed 3\n"
 
 
-def test_the_seeds_of_a_process(monkeypatch):
-    """Every seed is one process's, whatever their number."""
-    monkeypatch.setattr(sbvae, "train", lambda config: mine.append(config.seed))
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("number, left", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_in_a_seeds_last_step_stops_them_all(number, left, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(left):
+        sbvae.train_seeds(Config(**TINY, steps=2, out="x"), "0-1")
+    assert [p.name for p in tmp_path.iterdir()] == ["x-seed0"]
+    assert torch.load("x-seed0/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_the_seeds_of_a_process(tmp_path, monkeypatch):
+    """Every seed is one process's, whatever their number; and eval.py finds them where they are."""
+    import eval as evaluation
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # it would stay on the last GPU
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(sbvae, "train", lambda config: mine.append(config))
     for world in (1, 2, 3, 7):
         mine = []
         for rank in range(world):
             for name, value in dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=world).items():
                 monkeypatch.setenv(name, str(value))
             before = len(mine)
-            sbvae.train_seeds(Config(), "10-14")
+            sbvae.train_seeds(Config(dataset="circles-xy", decoder="deconv", steps=9), "0-4")
             assert abs(len(mine) - before - 5 / world) < 1
-        assert sorted(mine) == [10, 11, 12, 13, 14]
-    torch.set_num_threads(threads)
+        assert sorted(c.seed for c in mine) == [0, 1, 2, 3, 4]
+        jobs = evaluation.list_jobs("fig4", replicas=5, steps=9)
+        assert {Path(c.out) for c in mine} == {job.run for job in jobs if "deconv" in str(job.run)}
 
 
 @pytest.mark.parametrize("dataset, decoder, shape", [
