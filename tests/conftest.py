@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,3 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the top level
 # Before torch is loaded, here and in the processes that tests start: threads that spin slow each other when several
 # processes share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell ignores Ctrl-C in what it starts in the background, and so do all programs started from there: tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
