@@ -812,7 +812,7 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
 
 
 def find_device(name) -> torch.device:
-    """Raises InputError when it can't be used."""
+    """The device of that name. Raises InputError when it can't be used."""
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -891,11 +891,10 @@ def capture(one_step, generator):
     as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
     state, sums and the generator's offset live on the device, and each replay moves them on."""
     try:
-        with torch.cuda.device(generator.device):
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(generator)  # else replays would draw the same numbers again
-            with torch.cuda.graph(graph):
-                one_step()
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)  # else replays would draw the same numbers again
+        with torch.cuda.graph(graph):
+            one_step()
     except (RuntimeError, AttributeError) as e:
         return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:120]})"
     return graph.replay, "a step is one CUDA graph"
@@ -1102,8 +1101,9 @@ def share_machine() -> tuple[int, int]:
 def train_seeds(config: Config, seeds: str) -> int:
     """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them (the usual one for
     seed 0), or <out>-seed<n>. What is there is carried on, what is finished left alone. Under torchrun each process
-    takes its share of them. A run that diverges or cannot be made does not stop the others: -> the exit code. Raises
-    InputError when one of the share cannot be made, before any of it is trained."""
+    takes its share of them. A run that diverges, or is refused when its turn comes, does not stop the others; what they
+    would all meet, a full disk or too little memory, does. -> the exit code. Raises InputError when a run of the share
+    is refused before any of it is trained."""
     try:
         first, last = map(int, seeds.split("-"))
     except ValueError:
@@ -1193,7 +1193,7 @@ def main():
     except (MemoryError, RuntimeError) as e:
         if not lacks_memory(e):
             raise
-        print("error: out of memory; lower --batch-size, in another --out", file=sys.stderr)
+        print("error: out of memory; lower --batch-size, and choose another --out", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
