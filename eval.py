@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -1153,17 +1154,23 @@ def paper_steps(config: dict) -> int:
     return sbvae.resolve(sbvae.Config(**config)).steps
 
 
-def list_jobs(name, replicas=None, steps=None) -> list[Job]:
-    """The runs of an experiment, the first seed of every model first. Raises InputError for an unknown name.
+def list_jobs(name, replicas=None, steps=None, only=None) -> list[Job]:
+    """The runs of an experiment, the first seed of every model first; `only`: of the models with one of these texts
+    in their label. Raises InputError for an unknown name, and for a text that is in none.
 
     Their folders are `sbvae.default_out`'s with only what differs from the paper set, so that experiments that
     need the same run find it in the same folder: no seed 0, no `steps` when they are the paper's.
     """
     if name not in EXPERIMENTS:
         raise sbvae.InputError(f"--reproduce {name} is unknown; choose from {', '.join(EXPERIMENTS)}")
-    jobs = []
+    models, jobs = EXPERIMENTS[name]["models"], []
+    for part in only or ():
+        if not any(part in label for label in models):
+            raise sbvae.InputError(f"--only {part!r} is in none of {name}'s models: {'; '.join(models)}")
     for seed in range(replicas or EXPERIMENTS[name]["replicas"]):
-        for label, (config, _) in EXPERIMENTS[name]["models"].items():
+        for label, (config, _) in models.items():
+            if only and not any(part in label for part in only):
+                continue
             usual = paper_steps(config)
             fewer = steps if steps not in (None, usual) else None
             jobs.append(Job(label, sbvae.Config(**config, seed=seed or None, steps=fewer), steps or usual))
@@ -1288,17 +1295,17 @@ def finish(job, every, device, how, say):
             if k != "step" and numbers[k] is not None) + f"; {sbvae.clock(time.perf_counter() - start)}")
 
 
-def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=800, samples=10_000, seed=0):
+def reproduce(name, replicas=None, steps=None, every=None, only=None, device=None, votes=800, samples=10_000, seed=0):
     """Train and evaluate what an experiment lacks, then write results/NAME.md, NAME.png and raw/<run>.json.
 
-    replicas, steps: None means the paper's. every: evaluate every so many steps on the way, too. votes, samples,
-    seed: as in `evaluate`. Finished runs are taken as they are, unfinished ones carried on. Every process that
-    runs the same command, under torchrun or by hand, on one machine or on several that share the folder, takes
-    runs that no other works on; of torchrun's the first waits for all runs and writes the results, from what the
-    files say. Raises InputError when a folder holds another run, before anything is trained, and at the end when
-    runs could not be made.
+    replicas, steps: None means the paper's. every: evaluate every so many steps on the way, too. only: as in
+    `list_jobs`. votes, samples, seed: as in `evaluate`. Finished runs are taken as they are, unfinished ones carried
+    on. Every process that runs the same command, under torchrun or by hand, on one machine or on several that share
+    the folder, takes runs that no other works on; of torchrun's the first waits for all runs and writes the results,
+    from what the files say. Raises InputError when a folder holds another run, before anything is trained, and at the
+    end when runs could not be made.
     """
-    jobs, how = list_jobs(name, replicas, steps), estimator(votes, samples, seed)
+    jobs, how = list_jobs(name, replicas, steps, only), estimator(votes, samples, seed)
     rank, world = sbvae.share_machine()
     sbvae.choose_device(sbvae.resolve(sbvae.Config(device=device)))
     who = f"rank {rank}: " * (world > 1)
@@ -1333,8 +1340,9 @@ def reproduce(name, replicas=None, steps=None, every=None, device=None, votes=80
     if len(failed) < len(jobs):  # else what is in results/ may be of better days
         command = f"python eval.py --reproduce {name}" + "".join(
             f" --{flag} {value}" for flag, value, usual in (
-                ("replicas", replicas, None), ("steps", steps, None), ("every", every, None), ("votes", votes, 800),
-                ("samples", samples, 10_000), ("seed", seed, 0)) if value != usual)
+                ("replicas", replicas, None), ("steps", steps, None), ("every", every, None),
+                ("only", only and shlex.join(only), None), ("votes", votes, 800), ("samples", samples, 10_000),
+                ("seed", seed, 0)) if value != usual)
         # Who was started by hand is the first of its own, too
         with open(jobs[0].run.parent / ".lock", "a", opener=sbvae.plain_file) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -1433,10 +1441,12 @@ def write_results(name, jobs, how, command, device=None, out="results"):
     out, experiment, found = Path(out), EXPERIMENTS[name], [collect(job) for job in jobs]
     (out / "raw").mkdir(parents=True, exist_ok=True)
     known = [f for f in found if "elbo" in f or "diverged" in f]
+    asked = {job.label for job in jobs}
+    models = {label: model for label, model in experiment["models"].items() if label in asked}
     for f in known:
         with sbvae.atomically(out / "raw" / f"{Path(f['run']).name}.json") as path:
             path.write_text(json.dumps(f, indent=1) + "\n")
-    good, histories = {label: [] for label in experiment["models"]}, {label: [] for label in experiment["models"]}
+    good, histories = {label: [] for label in models}, {label: [] for label in models}
     for job, f in zip(jobs, found, strict=True):
         good[job.label] += [f] * ("elbo" in f)
         histories[job.label] += [line for line in f["history"] if line.get("estimator") == how]
@@ -1444,8 +1454,10 @@ def write_results(name, jobs, how, command, device=None, out="results"):
 
     title = name.replace("fig", "Figure ").replace("table", "Table ")
     text = [f"# {title}. {experiment['title']}", f"The paper: {experiment['paper']}",
-            comparison(experiment["models"], jobs, found)]
-    share = min(job.steps / paper_steps(experiment["models"][job.label][0]) for job in jobs)
+            comparison(models, jobs, found)]
+    if others := [label for label in experiment["models"] if label not in asked]:
+        text.append(f"**Not all of its models**; without {'; '.join(others)}.")
+    share = min(job.steps / paper_steps(models[job.label][0]) for job in jobs)
     if share < 1:
         text.append(f"**Fewer steps than the paper's**, {100 * share:.3g}% of them: the models need not have "
                     "converged. What can be compared is their order, not their numbers.")
@@ -1860,6 +1872,8 @@ def parse(arguments=None):
     say("--replicas", type=int, help="with --reproduce, --list: seeds, in place of the paper's number")
     say("--steps", type=int, help="with --reproduce, --list: training steps, in place of the paper's number")
     say("--every", type=int, help="with --reproduce: evaluate every so many steps, too")
+    say("--only", nargs="+", metavar="TEXT", help="with --reproduce: only models with one of these in their label; "
+        "' VAE' leaves out FactorVAE")
     say("--device", help="cpu or cuda[:N]; default a GPU if there is one")
     say("--votes", type=int, default=800, help="of the FactorVAE metric, and as many to judge it by; default 800")
     say("--samples", type=int, default=10_000, help="images for each of the estimates; default 10000")
@@ -1867,8 +1881,9 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if bool(args.runs) + args.list + sum(v is not None for v in (args.reproduce, args.explore)) != 1:
         raise sbvae.InputError("give run folders or one of --reproduce, --list, --explore; see --help")
-    for name in ("replicas", "steps", "every"):
-        if getattr(args, name) is not None and args.reproduce is None and (name == "every" or not args.list):
+    for name in ("replicas", "steps", "every", "only"):
+        both = args.list and name in ("replicas", "steps")
+        if getattr(args, name) is not None and args.reproduce is None and not both:
             raise sbvae.InputError(f"--{name} goes with --reproduce; see --help")
     for name, least in dict(replicas=1, steps=1, every=1, votes=1, samples=2, seed=0).items():
         value = getattr(args, name)
@@ -1912,8 +1927,8 @@ def main(arguments=None):
         elif args.explore is not None:
             explore(args.explore, args.device)
         elif args.reproduce is not None:
-            reproduce(args.reproduce, args.replicas, args.steps, args.every, args.device, args.votes, args.samples,
-                      args.seed)
+            reproduce(args.reproduce, args.replicas, args.steps, args.every, args.only, args.device, args.votes,
+                      args.samples, args.seed)
         else:
             failures = evaluate_all(args)
     except (sbvae.InputError, OSError, MemoryError, RuntimeError) as e:

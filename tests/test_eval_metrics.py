@@ -792,6 +792,10 @@ def test_a_terminal_without_superscripts(runs, no_pictures, monkeypatch):
     (["--reproduce", "fig2", "--explore", "a"], "give run folders"),
     (["a", "--steps", "5"], "--steps goes with --reproduce"),
     (["--list", "--every", "5"], "--every goes with --reproduce"),
+    (["--list", "--only", "VAE"], "--only goes with --reproduce"),
+    (["run", "--only", "VAE"], "--only goes with --reproduce"),
+    (["--reproduce", "fig4", "--only", "VAE", "MAE"], "--only 'MAE' is in none of fig4's models: DeConv VAE; Spatial"),
+    (["--reproduce", "fig4", "--only"], "expected at least one argument"),
     (["a", "--votes", "0"], "--votes must be at least 1"),
     (["a", "--samples", "1"], "--samples must be at least 2"),
     (["a", "--votes", "many"], "invalid int value"),
@@ -810,11 +814,12 @@ def test_the_command_line_calls_the_parts(monkeypatch, capsys):
     for module in {evaluation, sys.modules[evaluation.main.__module__]}:
         for name in ("reproduce", "list_experiments", "explore"):
             monkeypatch.setattr(module, name, lambda *a, name=name: calls.append((name, *a)))
-    for arguments in (["--reproduce", "fig2", "--replicas", "2", "--steps", "9", "--every", "3", "--seed", "1"],
+    for arguments in (["--reproduce", "fig2", "--replicas", "2", "--steps", "9", "--every", "3", "--seed", "1",
+                       "--only", "De", "Co"],
                       ["--list", "--steps", "4"], ["--explore", "runs/x", "--device", "cpu"]):
         assert run_main(capsys, *arguments)[0] == 0
-    assert calls == [("reproduce", "fig2", 2, 9, 3, None, 800, 10_000, 1), ("list_experiments", None, 4, None),
-                     ("explore", "runs/x", "cpu")]
+    assert calls == [("reproduce", "fig2", 2, 9, 3, ["De", "Co"], None, 800, 10_000, 1),
+                     ("list_experiments", None, 4, None), ("explore", "runs/x", "cpu")]
 
 
 def test_a_run_gets_its_pictures(runs, capsys):

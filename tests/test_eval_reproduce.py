@@ -194,6 +194,28 @@ def test_experiments_share_a_folder_exactly_when_they_share_a_run():
         eval.list_jobs("fig99")
 
 
+def test_only_some_models(tiny, trained, no_figures, capsys):
+    """--only trains no other, and the result says what it lacks; the same runs serve the whole later."""
+    labels = [job.label for job in eval.list_jobs("fig12", 2, only=[" VAE"])]
+    assert labels == ["DeConv VAE", "Spatial Broadcast VAE"] * 2
+    assert {job.config.beta for job in eval.list_jobs("fig3", 1, only=["β = 0.4", "β = 5.4"])} == {0.4, 5.4}
+    assert eval.list_jobs("fig3", 1, only=[""]) == eval.list_jobs("fig3", 1)
+    with pytest.raises(sbvae.InputError, match="'β = 6' is in none of fig3's models: DeConv VAE, β = 0.4; "):
+        eval.list_jobs("fig3", only=["β = 0.4", "β = 6"])
+    eval.reproduce("tiny", steps=6, replicas=1, only=["Spatial Broadcast"], **QUICK)
+    assert trained == [(folder("broadcast", 6), 0, 6)]
+    text = (tiny / "results" / "tiny.md").read_text()
+    assert "**Not all of its models**; without DeConv VAE." in text and "| DeConv VAE" not in text
+    assert cells(text, "Spatial Broadcast VAE", "here")["n"] == "1"
+    assert f"{folder('deconv', 6)}" not in text
+    assert "--reproduce tiny --replicas 1 --steps 6 --only 'Spatial Broadcast' --votes 3" in text
+    trained.clear()
+    eval.reproduce("tiny", steps=6, replicas=1, **QUICK)
+    assert trained == [(folder("deconv", 6), 0, 6)]
+    text = (tiny / "results" / "tiny.md").read_text()
+    assert "Not all" not in text and "--only" not in text and cells(text, "DeConv VAE", "here")["n"] == "1"
+
+
 def test_results_from_nothing_and_again(tiny, trained, no_figures, monkeypatch, capsys):
     """Means, deviations, steps and raw numbers are those of the runs; a second time nothing is trained."""
     eval.reproduce("tiny", steps=6, **QUICK)
