@@ -665,7 +665,7 @@ def test_importing_has_no_side_effects(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sbvae.py", "eval.py"])
-def test_threads_of_a_program_sleep_while_they_wait(name):
+def test_threads_of_a_program_spin_briefly_then_sleep(name):
     """Told to OpenMP before torch is loaded; what the user has set stays."""
     code = f"""
 import os, runpy, sys
@@ -674,10 +674,11 @@ assert "torch" not in sys.modules
 try:
     runpy.run_path({str(ROOT / name)!r}, run_name="__main__")
 except SystemExit:
-    print(os.environ["OMP_WAIT_POLICY"])
+    print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 """
-    clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for given, expected in (({}, "None 10000"), ({"OMP_WAIT_POLICY": "active"}, "active None"),
+                            ({"GOMP_SPINCOUNT": "0"}, "None 0")):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**clean, **given}, capture_output=True,
                               text=True, timeout=300)
         assert done.stdout.splitlines()[-1:] == [expected], done.stderr
