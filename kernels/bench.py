@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -269,6 +270,16 @@ def device_name(device):
     return f"{name}, {units}, {torch.get_num_threads()} threads"
 
 
+def commit():
+    """["commit <hash>"] of the repository that this file is in, [] without one or without git."""
+    try:
+        told = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [f"commit {told.stdout.strip()}"]
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
@@ -305,7 +316,7 @@ def main(arguments=None):
     torch.backends.cudnn.benchmark = True
     name = device_name(args.device)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    header = "; ".join([name, versions] + ["CUDA graphs"] * args.graph + args.set)
+    header = "; ".join([name, versions, *commit(), *["CUDA graphs"] * args.graph, *args.set])
     slug = "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
     if args.step:
         from kernels import step

@@ -16,6 +16,7 @@ shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune)
 python=${PYTHON:-python3}
+[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 mkdir -p "$out"
 nvidia-smi >"$out/device.txt" 2>&1
 status=0
