@@ -640,12 +640,16 @@ def pictures(model, data, metrics, latents=10, columns=7, seed=0):
 
 
 def samples_figure(panels, path, results=None, key="mig"):
-    """Figures 2 and 5 to 10: {title: `pictures`} beside each other, and with `results` their MIG on the left."""
+    """Figures 2 and 5 to 10: {title: `pictures`} beside each other, and with `results` their MIG on the left. More than
+    two stand in rows of two, MIG being one of them."""
     if not panels:
         raise sbvae.InputError("no model to draw: give at least one run")
-    left = 0.75 + 0.6 * len(results) if results else 0.0  # inches of the scatter
-    names = 0.95  # and of the names of the rows
-    side = (WIDTH - left) / len(panels) - names - 0.1  # what is left for the images of each
+    many = len(panels) > 2
+    names = 0.95  # inches of the names of the rows
+    left = WIDTH / 2 if results and many else 0.75 + 0.6 * len(results) if results else 0.0  # of the scatter
+    across = WIDTH / 2 if many else (WIDTH - left) / len(panels)
+    side = across - names - 0.1  # what is left for the images of each
+    places = [divmod(i + bool(results), 2) if many else (0, i) for i in range(len(panels))]  # row, column
     titles = {title: textwrap.fill(title, max(int(17 * side), 12)) for title in panels}
     canvases = {}
     for title, panel in panels.items():
@@ -654,19 +658,20 @@ def samples_figure(panels, path, results=None, key="mig"):
         canvases[title] = np.concatenate([pairs, gap, sweeps]), len(pairs) + len(gap)
     tallest = max(side * canvas.shape[0] / canvas.shape[1] for canvas, _ in canvases.values())
     top, bottom = 0.15 + 0.15 * max(title.count("\n") + 1 for title in titles.values()), 0.7 if results else 0.45
-    height = max(tallest, 2.0 if results else 0.5) + top + bottom
+    down = max(tallest, 2.0 if results else 0.5) + top + bottom
+    height = down * (places[-1][0] + 1)
     figure = new_figure(height=height)
 
     def box(x, y, w, h):  # in inches from the top left corner
         return figure.add_axes((x / WIDTH, 1 - (y + h) / height, w / WIDTH, h / height))
 
     if results:
-        scatter_panel(box(0.55, top, left - 0.65, min(height - top - bottom, 3.5)), results, key)
-    for i, (title, panel) in enumerate(panels.items()):
+        scatter_panel(box(0.55, top, left - 0.65, min(down - top - bottom, 3.5)), results, key)
+    for (line, column), (title, panel) in zip(places, panels.items()):
         canvas, start = canvases[title]
         rows, columns, _, h, w = panel["traversals"].shape
-        x = left + i * (names + side + 0.1) + names
-        axes = box(x, top, side, side * canvas.shape[0] / canvas.shape[1])
+        x = (0 if many else left) + column * across + names
+        axes = box(x, line * down + top, side, side * canvas.shape[0] / canvas.shape[1])
         axes.imshow(canvas, aspect="auto", vmin=0, vmax=1)
         axes.set_title(titles[title], fontsize=NORMAL)
         centres = [(h + 2) * 0.5, (h + 2) * 1.5, *(start + (h + 2) * (row + 0.5) for row in range(rows))]

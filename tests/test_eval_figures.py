@@ -1,6 +1,7 @@
 """The figures of eval.py: what was passed is what is drawn, where it should be; read back from the PNG."""
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def colored_panel(rows, columns, shape, seed):
 
 @pytest.mark.parametrize("shapes, rows, scatter", [
     ([(3, 64, 64)], 10, False), ([(1, 24, 40), (3, 40, 24)], 3, False), ([(3, 64, 64), (3, 64, 64)], 8, True),
-    ([(1, 48, 32)], 30, True)])
+    ([(1, 48, 32)], 30, True), ([(3, 64, 64)] * 3, 10, True), ([(3, 24, 40)] * 3, 4, False)])
 def test_the_png_shows_each_image_in_its_tile(tmp_path, shapes, rows, scatter):
     panels = {f"Model {i}": colored_panel(rows, 7, shape, i) for i, shape in enumerate(shapes)}
     before = copy.deepcopy(panels)
@@ -171,6 +172,10 @@ def test_the_png_shows_each_image_in_its_tile(tmp_path, shapes, rows, scatter):
         assert box.x0 >= 0 and box.x1 <= 1660 and box.y0 >= 0 and box.y1 <= image.shape[0]
     for title in panels:
         assert title in texts(figure)
+    words = [t for axes in figure.axes for t in (axes.title, axes.xaxis.label, *axes.get_yticklabels(),
+                                                 *axes.get_xticklabels()) if t.get_text() and t.get_visible()]
+    for a, b in itertools.combinations([t.get_window_extent() for t in words], 2):
+        assert min(a.x1, b.x1) - max(a.x0, b.x0) < 2 or min(a.y1, b.y1) - max(a.y0, b.y0) < 2, "words overlap"
     if scatter:
         assert np.allclose(stars(figure.axes[0]), [(0, 0.2), (1, 0.5)])
     for a, b in zip(before.values(), panels.values(), strict=True):
