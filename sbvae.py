@@ -907,8 +907,10 @@ def versions(device=None) -> dict:
     here, commit = Path(__file__).resolve().parent, None
     if (here / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.check_output(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-                                             text=True, stderr=subprocess.DEVNULL).strip()
+            git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here)
+            commit = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
+            changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode  # code: eval.py writes results/
+            commit += "-dirty" * bool(changed)
     hardware = platform.machine()
     if device and device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

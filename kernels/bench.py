@@ -19,6 +19,7 @@ Results go to results/kernel_<device>.csv and .md.
 
 import argparse
 import csv
+import functools
 import io
 import math
 import os
@@ -272,12 +273,12 @@ def device_name(device):
 
 def commit():
     """["commit <hash>"] of the repository that this file is in, [] without one or without git."""
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parent)
     try:
-        told = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],
-                              capture_output=True, text=True, check=True)
+        told = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
+        return [f"commit {told}" + "-dirty" * bool(git(["git", "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode)]
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [f"commit {told.stdout.strip()}"]
 
 
 def main(arguments=None):

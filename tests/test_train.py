@@ -664,6 +664,39 @@ def test_importing_has_no_side_effects(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
+def test_the_commit_is_that_of_the_code(tmp_path):
+    """Changed results are no other code; a changed .py is, also in a folder."""
+    (tmp_path / "kernels").mkdir()
+    for source, name in ((ROOT / "sbvae.py", "sbvae.py"), (ROOT / "kernels" / "bench.py", "kernels/bench.py")):
+        shutil.copy(source, tmp_path / name)
+    names = ("broadcast_conv", "broadcast_conv2d", "coordinates", "same_conv2d")
+    (tmp_path / "kernels" / "__init__.py").write_text(" = ".join(names) + " = None\n")
+    (tmp_path / "result.md").write_text("1")
+
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    def told():
+        code = "import sbvae, kernels.bench; print(sbvae.versions()['commit'], *kernels.bench.commit())"
+        done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True, capture_output=True,
+                              text=True, env=dict(os.environ, PYTHONPATH=""))
+        return done.stdout.split()
+
+    try:
+        git("init", "-q")
+    except OSError:
+        pytest.skip("needs git")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+    (tmp_path / "result.md").write_text("2")
+    assert told() == [head, "commit", head]
+    with open(tmp_path / "kernels" / "__init__.py", "a") as file:
+        file.write("# changed\n")
+    assert told() == [f"{head}-dirty", "commit", f"{head}-dirty"]
+
+
 @pytest.mark.parametrize("name", ["sbvae.py", "eval.py"])
 def test_threads_of_a_program_spin_briefly_then_sleep(name):
     """Told to OpenMP before torch is loaded; what the user has set stays."""
