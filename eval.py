@@ -646,7 +646,7 @@ def samples_figure(panels, path, results=None, key="mig"):
         raise sbvae.InputError("no model to draw: give at least one run")
     many = len(panels) > 2
     names = 0.95  # inches of the names of the rows
-    left = WIDTH / 2 if results and many else 0.75 + 0.6 * len(results) if results else 0.0  # of the scatter
+    left = WIDTH / 2 if results and many else 0.75 + 0.65 * len(results) if results else 0.0  # of the scatter
     across = WIDTH / 2 if many else (WIDTH - left) / len(panels)
     side = across - names - 0.1  # what is left for the images of each
     places = [divmod(i + bool(results), 2) if many else (0, i) for i in range(len(panels))]  # row, column
@@ -1161,7 +1161,8 @@ def paper_steps(config: dict) -> int:
 
 def list_jobs(name, replicas=None, steps=None, only=None) -> list[Job]:
     """The runs of an experiment, the first seed of every model first; `only`: of the models with one of these texts
-    in their label. Raises InputError for an unknown name, and for a text that is in none.
+    in their label, or with this label where it is a whole one. Raises InputError for an unknown name, and for a text
+    that is in none.
 
     Their folders are `sbvae.default_out`'s with only what differs from the paper set, so that experiments that
     need the same run find it in the same folder: no seed 0, no `steps` when they are the paper's.
@@ -1169,12 +1170,14 @@ def list_jobs(name, replicas=None, steps=None, only=None) -> list[Job]:
     if name not in EXPERIMENTS:
         raise sbvae.InputError(f"--reproduce {name} is unknown; choose from {', '.join(EXPERIMENTS)}")
     models, jobs = EXPERIMENTS[name]["models"], []
+    chosen = set() if only else {*models}
     for part in only or ():
-        if not any(part in label for label in models):
+        chosen |= (found := {part} & {*models} or {label for label in models if part in label})
+        if not found:
             raise sbvae.InputError(f"--only {part!r} is in none of {name}'s models: {'; '.join(models)}")
     for seed in range(replicas or EXPERIMENTS[name]["replicas"]):
         for label, (config, _) in models.items():
-            if only and not any(part in label for part in only):
+            if label not in chosen:
                 continue
             usual = paper_steps(config)
             fewer = steps if steps not in (None, usual) else None
@@ -1343,11 +1346,12 @@ def reproduce(name, replicas=None, steps=None, every=None, only=None, device=Non
     if rank > 0:  # has told its errors. Were it to fail, torchrun would end the first, which has tried the same runs
         return
     if len(failed) < len(jobs):  # else what is in results/ may be of better days
-        torchrun = f"-m torch.distributed.run --nproc-per-node {world} " * (world > 1)
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world) != "1"
+        torchrun = f"-m torch.distributed.run --nproc-per-node {world} " * one_machine
         command = f"python {torchrun}eval.py --reproduce {name}" + "".join(
             f" --{flag} {value}" for flag, value, usual in (
                 ("replicas", replicas, None), ("steps", steps, None), ("every", every, None),
-                ("only", only and shlex.join(only), None), ("votes", votes, 800), ("samples", samples, 10_000),
+                ("only", shlex.join(only or ()), ""), ("votes", votes, 800), ("samples", samples, 10_000),
                 ("seed", seed, 0)) if value != usual)
         # Who was started by hand is the first of its own, too
         with open(jobs[0].run.parent / ".lock", "a", opener=sbvae.plain_file) as lock:
@@ -1878,8 +1882,8 @@ def parse(arguments=None):
     say("--replicas", type=int, help="with --reproduce, --list: seeds, in place of the paper's number")
     say("--steps", type=int, help="with --reproduce, --list: training steps, in place of the paper's number")
     say("--every", type=int, help="with --reproduce: evaluate every so many steps, too")
-    say("--only", nargs="+", metavar="TEXT", help="with --reproduce: only models with one of these in their label; "
-        "' VAE' leaves out FactorVAE")
+    say("--only", nargs="+", action="extend", metavar="TEXT", help="with --reproduce: only models with "
+        "one of these in their label (' VAE' leaves out FactorVAE), or with this whole label")
     say("--device", help="cpu or cuda[:N]; default a GPU if there is one")
     say("--votes", type=int, default=800, help="of the FactorVAE metric, and as many to judge it by; default 800")
     say("--samples", type=int, default=10_000, help="images for each of the estimates; default 10000")
@@ -1888,8 +1892,8 @@ def parse(arguments=None):
     if bool(args.runs) + args.list + sum(v is not None for v in (args.reproduce, args.explore)) != 1:
         raise sbvae.InputError("give run folders or one of --reproduce, --list, --explore; see --help")
     for name in ("replicas", "steps", "every", "only"):
-        both = args.list and name in ("replicas", "steps")
-        if getattr(args, name) is not None and args.reproduce is None and not both:
+        listed = args.list and name in ("replicas", "steps")
+        if getattr(args, name) is not None and args.reproduce is None and not listed:
             raise sbvae.InputError(f"--{name} goes with --reproduce; see --help")
     for name, least in dict(replicas=1, steps=1, every=1, votes=1, samples=2, seed=0).items():
         value = getattr(args, name)

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 if __name__ == "__main__":  # read when torch is loaded: a thread that waits for the others spins for some 0.2 ms, then
     if "OMP_WAIT_POLICY" not in os.environ:  # sleeps. To sleep at once costs a run up to a fifth of its speed; to spin
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for ms, the default, slowed two on the same cores six times
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for ms, as is usual, can slow two on the same cores 6-fold
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch is loaded: no traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `prepare_process`
 
@@ -904,13 +904,13 @@ def capture(one_step, generator):
 
 def versions(device=None) -> dict:
     """What a result depends on beside the configuration."""
-    here, commit = Path(__file__).resolve().parent, None
-    if (here / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here)
-            commit = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
-            changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode  # code: eval.py writes results/
-            commit += "-dirty" * bool(changed)
+    here, commit = Path(__file__).resolve(), None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here.parent)
+        git(["git", "ls-files", "--error-unmatch", here.name], check=True)  # else it is somebody else's repository
+        commit = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode  # code: eval.py writes results/
+        commit += "-dirty" * bool(changed)
     hardware = platform.machine()
     if device and device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

@@ -272,9 +272,11 @@ def device_name(device):
 
 
 def commit():
-    """["commit <hash>"] of the repository that this file is in, [] without one or without git."""
-    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parent)
+    """["commit <hash>"] of this file's repository, [] without one or without git."""
+    here = Path(__file__).resolve()
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here.parent)
     try:
+        git(["git", "ls-files", "--error-unmatch", here.name], check=True)
         told = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
         return [f"commit {told}" + "-dirty" * bool(git(["git", "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode)]
     except (OSError, subprocess.CalledProcessError):

@@ -815,7 +815,7 @@ def test_the_command_line_calls_the_parts(monkeypatch, capsys):
         for name in ("reproduce", "list_experiments", "explore"):
             monkeypatch.setattr(module, name, lambda *a, name=name: calls.append((name, *a)))
     for arguments in (["--reproduce", "fig2", "--replicas", "2", "--steps", "9", "--every", "3", "--seed", "1",
-                       "--only", "De", "Co"],
+                       "--only", "De", "--only", "Co"],
                       ["--list", "--steps", "4"], ["--explore", "runs/x", "--device", "cpu"]):
         assert run_main(capsys, *arguments)[0] == 0
     assert calls == [("reproduce", "fig2", 2, 9, 3, ["De", "Co"], None, 800, 10_000, 1),

@@ -194,12 +194,14 @@ def test_experiments_share_a_folder_exactly_when_they_share_a_run():
         eval.list_jobs("fig99")
 
 
-def test_only_some_models(tiny, trained, no_figures, capsys):
+def test_only_some_models(tiny, trained, no_figures, monkeypatch, capsys):
     """--only trains no other, and the result says what it lacks; the same runs serve the whole later."""
     labels = [job.label for job in eval.list_jobs("fig12", 2, only=[" VAE"])]
     assert labels == ["DeConv VAE", "Spatial Broadcast VAE"] * 2
     assert {job.config.beta for job in eval.list_jobs("fig3", 1, only=["β = 0.4", "β = 5.4"])} == {0.4, 5.4}
-    assert eval.list_jobs("fig3", 1, only=[""]) == eval.list_jobs("fig3", 1)
+    assert eval.list_jobs("fig3", 1, only=[""]) == eval.list_jobs("fig3", 1, only=[]) == eval.list_jobs("fig3", 1)
+    assert len(eval.list_jobs("fig3", 1, only=["DeConv VAE, β = 1"])) == 1  # a whole label: neither 1.4 nor 1.96
+    assert len(eval.list_jobs("fig3", 1, only=["DeConv VAE, β = 1", "β = 1"])) == 6
     with pytest.raises(sbvae.InputError, match="'β = 6' is in none of fig3's models: DeConv VAE, β = 0.4; "):
         eval.list_jobs("fig3", only=["β = 0.4", "β = 6"])
     eval.reproduce("tiny", steps=6, replicas=1, only=["Spatial Broadcast"], **QUICK)
@@ -212,6 +214,14 @@ def test_only_some_models(tiny, trained, no_figures, capsys):
     trained.clear()
     eval.reproduce("tiny", steps=6, replicas=1, **QUICK)
     assert trained == [(folder("deconv", 6), 0, 6)]
+    threads = torch.get_num_threads()
+    for beside, prefix in (("2", "-m torch.distributed.run --nproc-per-node 2 "), ("1", "")):  # "1": on two machines
+        with monkeypatch.context() as m:
+            for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE=beside).items():
+                m.setenv(name, value)
+            eval.reproduce("tiny", steps=6, replicas=1, **QUICK)
+        assert f"python {prefix}eval.py --reproduce tiny" in (tiny / "results" / "tiny.md").read_text()
+    torch.set_num_threads(threads)
     text = (tiny / "results" / "tiny.md").read_text()
     assert "Not all" not in text and "--only" not in text and cells(text, "DeConv VAE", "here")["n"] == "1"
 

@@ -672,15 +672,17 @@ def test_the_commit_is_that_of_the_code(tmp_path):
     names = ("broadcast_conv", "broadcast_conv2d", "coordinates", "same_conv2d")
     (tmp_path / "kernels" / "__init__.py").write_text(" = ".join(names) + " = None\n")
     (tmp_path / "result.md").write_text("1")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's name the repository it runs in
 
     def git(*words):
         who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True,
+                              env=clean).stdout
 
     def told():
         code = "import sbvae, kernels.bench; print(sbvae.versions()['commit'], *kernels.bench.commit())"
         done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True, capture_output=True,
-                              text=True, env=dict(os.environ, PYTHONPATH=""))
+                              text=True, env=dict(clean, PYTHONPATH=""))
         return done.stdout.split()
 
     try:
@@ -692,9 +694,13 @@ def test_the_commit_is_that_of_the_code(tmp_path):
     head = git("rev-parse", "--short=12", "HEAD").strip()
     (tmp_path / "result.md").write_text("2")
     assert told() == [head, "commit", head]
-    with open(tmp_path / "kernels" / "__init__.py", "a") as file:
-        file.write("# changed\n")
-    assert told() == [f"{head}-dirty", "commit", f"{head}-dirty"]
+    for name in ("kernels/__init__.py", "sbvae.py"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before + "# changed\n")
+        assert told() == [f"{head}-dirty", "commit", f"{head}-dirty"]
+        (tmp_path / name).write_text(before)
+    git("rm", "-q", "--cached", "sbvae.py", "kernels/bench.py")  # copied into a repository that is not theirs
+    assert told() == ["None"]
 
 
 @pytest.mark.parametrize("name", ["sbvae.py", "eval.py"])
@@ -704,10 +710,17 @@ def test_threads_of_a_program_spin_briefly_then_sleep(name):
 import os, runpy, sys
 sys.argv = [{name!r}, "--help"]
 assert "torch" not in sys.modules
+
+def told(event, what):
+    if event == "import" and what[0] == "torch" and not found:
+        found.append((os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")))
+
+found = []
+sys.addaudithook(told)
 try:
     runpy.run_path({str(ROOT / name)!r}, run_name="__main__")
 except SystemExit:
-    print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
+    print(*found[0])
 """
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     for given, expected in (({}, "None 10000"), ({"OMP_WAIT_POLICY": "active"}, "active None"),
