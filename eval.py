@@ -1172,9 +1172,10 @@ def list_jobs(name, replicas=None, steps=None, only=None) -> list[Job]:
     models, jobs = EXPERIMENTS[name]["models"], []
     chosen = set() if only else {*models}
     for part in only or ():
-        chosen |= (found := {part} & {*models} or {label for label in models if part in label})
+        found = {part} if part in models else {label for label in models if part in label}
         if not found:
             raise sbvae.InputError(f"--only {part!r} is in none of {name}'s models: {'; '.join(models)}")
+        chosen |= found
     for seed in range(replicas or EXPERIMENTS[name]["replicas"]):
         for label, (config, _) in models.items():
             if label not in chosen:
@@ -1346,8 +1347,8 @@ def reproduce(name, replicas=None, steps=None, every=None, only=None, device=Non
     if rank > 0:  # has told its errors. Were it to fail, torchrun would end the first, which has tried the same runs
         return
     if len(failed) < len(jobs):  # else what is in results/ may be of better days
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world) != "1"
-        torchrun = f"-m torch.distributed.run --nproc-per-node {world} " * one_machine
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        torchrun = f"-m torch.distributed.run --nproc-per-node {world} " * (world > 1 and one_machine)
         command = f"python {torchrun}eval.py --reproduce {name}" + "".join(
             f" --{flag} {value}" for flag, value, usual in (
                 ("replicas", replicas, None), ("steps", steps, None), ("every", every, None),

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # read when torch is loaded: a thread that waits for the others spins for some 0.2 ms, then
-    if "OMP_WAIT_POLICY" not in os.environ:  # sleeps. To sleep at once costs a run up to a fifth of its speed; to spin
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for ms, as is usual, can slow two on the same cores 6-fold
+    if "OMP_WAIT_POLICY" not in os.environ:  # sleeps. To sleep at once costs a run up to a quarter of its speed; to
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # spin for ms, as is usual, slows two on the same cores
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch is loaded: no traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `prepare_process`
 

@@ -19,13 +19,11 @@ Results go to results/kernel_<device>.csv and .md.
 
 import argparse
 import csv
-import functools
 import io
 import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -272,15 +270,13 @@ def device_name(device):
 
 
 def commit():
-    """["commit <hash>"] of this file's repository, [] without one or without git."""
-    here = Path(__file__).resolve()
-    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here.parent)
+    """["commit <hash>"], [] where there is none or kernels/ was copied alone."""
     try:
-        git(["git", "ls-files", "--error-unmatch", here.name], check=True)
-        told = git(["git", "describe", "--always", "--abbrev=12"], check=True).stdout.strip()
-        return [f"commit {told}" + "-dirty" * bool(git(["git", "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode)]
-    except (OSError, subprocess.CalledProcessError):
+        from sbvae import versions
+    except ImportError:
         return []
+    told = versions()["commit"]
+    return [f"commit {told}"] if told else []
 
 
 def main(arguments=None):

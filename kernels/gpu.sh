@@ -15,8 +15,9 @@ out=$(realpath -m "${1:-results/gpu}")
 shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune)
-python=${PYTHON:-python3}
-[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python # the README's
+python=${PYTHON:-$python}
 mkdir -p "$out"
 nvidia-smi >"$out/device.txt" 2>&1
 status=0
