@@ -794,17 +794,26 @@ def curves_figure(results, path, keys=("kl", "mig")):
 # ---------------------------------------------------------------------------------------- trends over training
 
 
-def trend_figure(results, path, keys=("r2", "mig", "elbo")):
-    """Metrics against training steps: a thin line per run, a thick one at the mean over the runs, shaded one standard
-    deviation. A run is in `results` once for each step at which it was evaluated. What no run has is not drawn."""
-    keys = [key for key in keys if any(finite(runs, key) for runs in results.values())] or keys[:1]
-    figure = new_figure(height=3.0, layout="constrained")
+def trend_figure(evaluated, logged, path):
+    """Metrics against training steps: R² and MIG where every model was evaluated at several, ELBO and latents used as
+    they were in training, means between log lines. A thin line per run, a thick one at the mean over the runs, shaded
+    one standard deviation. Both arguments are {label: [dicts]}, a run once for each step. What no run has is not drawn.
+    """
+    several = evaluated and all(len({m["step"] for m in runs}) > 1 for runs in evaluated.values())
+    panels = [(key, evaluated) for key in ("r2", "mig") if several and any(finite(r, key) for r in evaluated.values())]
+    panels += [(key, logged) for key in ("elbo", "latents_used")]
+    figure = new_figure(height=3.0 * math.ceil(len(panels) / 2), layout="constrained")
     from matplotlib.ticker import EngFormatter
 
-    colors, drawn = label_colors(results), {}
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        style_axes(axes, "training steps", AXIS_LABELS.get(key, key))
+    colors, drawn = label_colors(logged), {}
+    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat
+    for axes, (key, results) in itertools.zip_longest(grid, panels, fillvalue=(None, {})):
+        if key is None:
+            axes.remove()
+            continue
+        style_axes(axes, "training steps", AXIS_LABELS[key] + " in training" * (results is logged))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        settled = []  # values after the first quarter of training, which would leave no room for the others
         for marker, (label, runs) in zip(itertools.cycle(MARKERS), results.items()):
             found, lines, groups = finite(runs, key), {}, {}
             for m in sorted(found, key=lambda m: m["step"]):
@@ -812,6 +821,7 @@ def trend_figure(results, path, keys=("r2", "mig", "elbo")):
                 groups.setdefault(m["step"], []).append(m[key])
             if not found:
                 continue
+            settled += [m[key] for m in found if m["step"] >= max(groups) / 4]
             if len(lines) > 1:
                 for line in lines.values():
                     axes.plot(*np.transpose(line), color=colors[label], linewidth=0.5, alpha=0.6)
@@ -819,7 +829,10 @@ def trend_figure(results, path, keys=("r2", "mig", "elbo")):
             mean, std = np.transpose([mean_and_std(values) for values in groups.values()])
             axes.fill_between(steps, mean - std, mean + std, color=colors[label], alpha=0.2, linewidth=0)
             drawn[f"{label} (n = {len(lines)})"], = axes.plot(steps, mean, color=colors[label], linewidth=1.6,
-                                                              marker=marker, markersize=4)
+                                                              marker=marker * (results is evaluated), markersize=4)
+        if settled and results is logged:
+            margin = 0.05 * (max(settled) - min(settled)) or 1
+            axes.set_ylim(min(settled) - margin, max(settled) + margin)
     figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=min(len(drawn), 3) or 1, fontsize=SMALL,
                   frameon=False)
     return save_figure(figure, path)
@@ -1367,23 +1380,25 @@ def reproduce(name, replicas=None, steps=None, every=None, only=None, device=Non
 
 def collect(job) -> dict:
     """What is known of a run: metrics.json, when it is of the job's last step; `trained`, with what, and the `hours`
-    it took; its `history`; `diverged`, if it did."""
+    it took; its `history` of evaluations and the `log` of its training; `diverged`, if it did."""
     told, metrics, diverged = (read_json(job.run / f"{name}.json") or {} for name in ("config", "metrics", "diverged"))
     found = dict(run=str(job.run), config=told.get("config"))
     if diverged:
         found |= {k: diverged.get(k) for k in ("diverged", "step")}
     elif metrics.get("step") == job.steps and (metrics := read_metrics(job.run)):
         found |= metrics
-    history, seconds, before = [], 0.0, 0
+    history, log, seconds, before = [], [], 0.0, 0
     try:
         for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
             seconds += (line["step"] - before) * found["config"]["batch_size"] / line["images_per_s"]
             before = line["step"]
+            values = {key: float(line[key]) for key in ("elbo", "latents_used")}
+            log.append(dict(run=found["run"], step=before, **values))
         history = read_lines(job.run / "history.jsonl")
-    except (sbvae.InputError, KeyError, TypeError, ZeroDivisionError) as e:  # no reason to lose the other results
+    except (sbvae.InputError, KeyError, TypeError, ValueError, ArithmeticError) as e:  # the other results are good
         seconds = None
         print(f"note: {job.run}: neither hours nor trend can be told ({type(e).__name__}: {e})", flush=True)
-    return found | dict(trained={k: v for k, v in told.items() if k != "config"}, history=history,
+    return found | dict(trained={k: v for k, v in told.items() if k != "config"}, history=history, log=log,
                         hours=None if seconds is None else seconds / 3600)
 
 
@@ -1448,7 +1463,7 @@ def draw_results(experiment, results, path, device):
 
 
 def write_results(name, jobs, how, command, device=None, out="results"):
-    """results/NAME.md, NAME.png, NAME-trend.png when runs have a history, and raw/<run>.json of each run."""
+    """results/NAME.md, NAME.png, NAME-trend.png when a log has several lines, and raw/<run>.json of each run."""
     out, experiment, found = Path(out), EXPERIMENTS[name], [collect(job) for job in jobs]
     (out / "raw").mkdir(parents=True, exist_ok=True)
     known = [f for f in found if "elbo" in f or "diverged" in f]
@@ -1456,11 +1471,12 @@ def write_results(name, jobs, how, command, device=None, out="results"):
     models = {label: model for label, model in experiment["models"].items() if label in asked}
     for f in known:
         with sbvae.atomically(out / "raw" / f"{Path(f['run']).name}.json") as path:
-            path.write_text(json.dumps(f, indent=1) + "\n")
-    good, histories = {label: [] for label in models}, {label: [] for label in models}
+            path.write_text(json.dumps({k: v for k, v in f.items() if k != "log"}, indent=1) + "\n")
+    good, evaluated, logged = ({label: [] for label in models} for _ in range(3))
     for job, f in zip(jobs, found, strict=True):
         good[job.label] += [f] * ("elbo" in f)
-        histories[job.label] += [line for line in f["history"] if line.get("estimator") == how]
+        evaluated[job.label] += [line for line in f["history"] if line.get("estimator") == how]
+        logged[job.label] += f["log"]
     good = {label: runs for label, runs in good.items() if runs}
 
     title = name.replace("fig", "Figure ").replace("table", "Table ")
@@ -1475,8 +1491,8 @@ def write_results(name, jobs, how, command, device=None, out="results"):
     if good:
         draw_results(experiment, good, out / f"{name}.png", device)
         text.append(f"![{experiment['title']}]({name}.png)")
-    if len({line["step"] for lines in histories.values() for line in lines}) > 1:
-        trend_figure(histories, out / f"{name}-trend.png")
+    if len({line["step"] for lines in logged.values() for line in lines}) > 1:
+        trend_figure(evaluated, logged, out / f"{name}-trend.png")
         text.append(f"![metrics against steps]({name}-trend.png)")
     text += [f"```sh\n{command}\n```", "Mean ± standard deviation (n - 1) over n seeds, 0, 1, ... NLL and KL are in "
              "nats an image, ELBO = NLL + KL is a loss. R² is the share of the variance of the two latents of lowest "

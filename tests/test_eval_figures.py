@@ -364,8 +364,12 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
          for s in range(3)]
     a.append(dict(run="a0", step=400, r2=float("nan"), mig=None, elbo=310.0))
     b = [dict(run="b", step=t, r2=0.5, mig=None, elbo=320.0 - t / 100) for t in (100, 200)]
-    figure = ev.trend_figure({"DeConv VAE": a, "Broadcast VAE": b}, tmp_path / "a.png")
-    assert [axes.get_ylabel() for axes in figure.axes] == ["R² of the affine map", "ELBO, a loss (nats)"]  # no MIG
+    log = [dict(run=m["run"], step=m["step"], elbo=m["elbo"], latents_used=4.0) for m in a]
+    log.append(dict(run="a1", step=90, elbo=5000.0, latents_used=10.0))  # early: not to fill the picture
+    results, logs = {"DeConv VAE": a, "Broadcast VAE": b}, {"DeConv VAE": log, "Broadcast VAE": b}
+    figure = ev.trend_figure(results, logs, tmp_path / "a.png")
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "R² of the affine map", "ELBO, a loss (nats) in training", "latents used in training"]  # no run has a MIG
     axes = figure.axes[0]
     thick = [line for line in axes.lines if line.get_linewidth() > 1]
     thin = [line for line in axes.lines if line.get_linewidth() < 1]
@@ -381,8 +385,12 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
         np.testing.assert_allclose([ys.min(), ys.max()], [v.mean() - v.std(ddof=1), v.mean() + v.std(ddof=1)])
     assert "DeConv VAE (n = 3)" in texts(figure) and "Broadcast VAE (n = 1)" in texts(figure)
     assert "training steps" in texts(figure)
-    assert len(figure.axes[1].lines[3].get_xydata()) == 4  # the ELBO has four steps
-    assert ev.trend_figure({"A": []}, tmp_path / "b.png").axes  # nothing to show is no crash
+    elbo = figure.axes[1]
+    assert len(elbo.lines[3].get_xydata()) == 5 and elbo.lines[3].get_marker() == ""  # five steps, one early
+    assert 300 < elbo.get_ylim()[1] < 330 and elbo.get_ylim()[0] < 300.99
+    once = results | {"Broadcast VAE": b[:1]}  # evaluated at a single step: no curve to compare with
+    assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["ELBO", "late"]
+    assert ev.trend_figure({"A": []}, {"A": []}, tmp_path / "c.png").axes  # nothing to show is no crash
 
 
 # ------------------------------------------------------------------------------------------------------- geometry

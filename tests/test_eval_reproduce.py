@@ -310,10 +310,12 @@ def test_stages_and_interruptions_leave_no_trace_in_the_weights(tiny, trained, n
         (3, 100), (6, 100), (7, 100), (7, 99)] and eval.is_finished(job, 3, how)
     monkeypatch.setitem(eval.EXPERIMENTS, "tiny", TINY | dict(models={"": (SMALL, None)}))
     monkeypatch.setattr(eval, "draw_results", lambda *_: None)
-    monkeypatch.setattr(eval, "trend_figure", lambda lines, _: curves.append([line["step"] for line in lines[""]]))
+    monkeypatch.setattr(eval, "trend_figure", lambda evaluated, logged, _: curves.append(
+        [[line["step"] for line in lines[""]] for lines in (evaluated, logged)]))
     for samples in (99, 100):
         eval.write_results("tiny", [job], eval.estimator(3, samples, 0), "command")
-    assert curves == [[3, 6, 7]]  # and a single step is no curve
+    assert curves == [[[7], [2, 3, 6, 7]], [[3, 6, 7], [2, 3, 6, 7]]]
+    assert "log" not in json.loads((tiny / "results" / "raw" / f"{run.name}.json").read_text())  # it may be long
 
 
 def test_a_run_that_diverges_is_counted_and_the_rest_goes_on(tiny, no_figures, monkeypatch, capsys):
