@@ -902,7 +902,8 @@ def geometry_panel(axes, metrics, title, size, color=None):
     if found["blank"] is not None:
         left = found["blank"][0] < np.mean(axes.get_xlim())  # then the words go to the right of the star
         axes.annotate("blank image", found["blank"], (8 if left else -8, 0), textcoords="offset points", va="center",
-                      ha="left" if left else "right", fontsize=SMALL)
+                      ha="left" if left else "right", fontsize=SMALL,
+                      bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))  # it may lie on the points
     axes.spines[:].set_visible(True)
     if color:
         axes.spines[:].set(color=color, linewidth=1.5)
