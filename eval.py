@@ -832,7 +832,7 @@ def trend_figure(evaluated, logged, path):
                                                               marker=marker * (results is evaluated), markersize=4)
         if settled and results is logged:
             margin = 0.05 * (max(settled) - min(settled)) or 1
-            axes.set_ylim(min(settled) - margin, max(settled) + margin)
+            axes.set_ylim(0 if key == "latents_used" else min(settled) - margin, max(settled) + margin)
     figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=min(len(drawn), 3) or 1, fontsize=SMALL,
                   frameon=False)
     return save_figure(figure, path)
