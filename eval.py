@@ -795,25 +795,29 @@ def curves_figure(results, path, keys=("kl", "mig")):
 
 
 def trend_figure(evaluated, logged, path):
-    """Metrics against training steps: R² and MIG where every model was evaluated at several, ELBO and latents used as
-    they were in training, means between log lines. A thin line per run, a thick one at the mean over the runs, shaded
-    one standard deviation. Both arguments are {label: [dicts]}, a run once for each step. What no run has is not drawn.
-    """
+    """Metrics against training steps: R² and MIG where every model was evaluated at several; NLL + KL and latents used
+    as they were in training, means between log lines. A thin line per run, a thick one at the mean over the runs,
+    shaded one standard deviation. Both arguments are {label: [dicts]}, a run once for each step. What no run has is not
+    drawn."""
+    evaluated, logged = ({label: runs for label, runs in given.items() if runs} for given in (evaluated, logged))
     several = evaluated and all(len({m["step"] for m in runs}) > 1 for runs in evaluated.values())
     panels = [(key, evaluated) for key in ("r2", "mig") if several and any(finite(r, key) for r in evaluated.values())]
     panels += [(key, logged) for key in ("elbo", "latents_used")]
     figure = new_figure(height=3.0 * math.ceil(len(panels) / 2), layout="constrained")
     from matplotlib.ticker import EngFormatter
 
-    colors, drawn = label_colors(logged), {}
-    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat
+    known = evaluated | logged
+    colors, drawn = label_colors(known), {}
+    last = max((m["step"] for runs in known.values() for m in runs), default=1)
+    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True).flat
     for axes, (key, results) in itertools.zip_longest(grid, panels, fillvalue=(None, {})):
         if key is None:
             axes.remove()
             continue
-        style_axes(axes, "training steps", AXIS_LABELS[key] + " in training" * (results is logged))
+        name = "NLL + KL (nats)" if key == "elbo" else AXIS_LABELS[key]
+        style_axes(axes, "training steps", name + " in training" * (results is logged))
+        axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        settled = []  # values after the first quarter of training, which would leave no room for the others
         for marker, (label, runs) in zip(itertools.cycle(MARKERS), results.items()):
             found, lines, groups = finite(runs, key), {}, {}
             for m in sorted(found, key=lambda m: m["step"]):
@@ -821,19 +825,25 @@ def trend_figure(evaluated, logged, path):
                 groups.setdefault(m["step"], []).append(m[key])
             if not found:
                 continue
-            settled += [m[key] for m in found if m["step"] >= max(groups) / 4]
             if len(lines) > 1:
                 for line in lines.values():
                     axes.plot(*np.transpose(line), color=colors[label], linewidth=0.5, alpha=0.6)
+            # A mean of fewer runs would jump
+            groups = {step: values for step, values in groups.items() if len(values) == len(lines)} or groups
             steps = np.array(list(groups))
             mean, std = np.transpose([mean_and_std(values) for values in groups.values()])
             axes.fill_between(steps, mean - std, mean + std, color=colors[label], alpha=0.2, linewidth=0)
-            drawn[f"{label} (n = {len(lines)})"], = axes.plot(steps, mean, color=colors[label], linewidth=1.6,
-                                                              marker=marker * (results is evaluated), markersize=4)
-        if settled and results is logged:
-            margin = 0.05 * (max(settled) - min(settled)) or 1
-            axes.set_ylim(0 if key == "latents_used" else min(settled) - margin, max(settled) + margin)
-    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=min(len(drawn), 3) or 1, fontsize=SMALL,
+            drawn[label], = axes.plot(steps, mean, color=colors[label], linewidth=1.6, markersize=4,
+                                      marker=marker if results is evaluated or len(steps) == 1 else "")
+        axes.set_xlim(0, 1.02 * last)
+        if key != "elbo":
+            most = max((m[key] for runs in results.values() for m in finite(runs, key)), default=1)
+            axes.set_ylim(min(0, axes.get_ylim()[0]) if key == "r2" else 0, max(1.05 * most, axes.get_ylim()[1]))
+        elif settled := [m[key] for runs in results.values() for m in finite(runs, key) if m["step"] >= last / 4]:
+            margin = 0.05 * (max(settled) - min(settled)) or 1  # the first quarter would leave no room for the rest
+            axes.set_ylim(min(settled) - margin, max(settled) + margin)
+    names = [f"{label} (n = {len({m['run'] for m in known[label]})})" for label in drawn]
+    figure.legend(drawn.values(), names, loc="outside upper center", ncols=min(len(drawn), 3) or 1, fontsize=SMALL,
                   frameon=False)
     return save_figure(figure, path)
 
@@ -1395,10 +1405,13 @@ def collect(job) -> dict:
             before = line["step"]
             values = {key: float(line[key]) for key in ("elbo", "latents_used")}
             log.append(dict(run=found["run"], step=before, **values))
-        history = read_lines(job.run / "history.jsonl")
     except (sbvae.InputError, KeyError, TypeError, ValueError, ArithmeticError) as e:  # the other results are good
-        seconds = None
-        print(f"note: {job.run}: neither hours nor trend can be told ({type(e).__name__}: {e})", flush=True)
+        seconds, log = None, []
+        print(f"note: {job.run}: neither hours nor curves can be told ({type(e).__name__}: {e})", flush=True)
+    try:
+        history = read_lines(job.run / "history.jsonl")
+    except sbvae.InputError as e:
+        print(f"note: {e}", flush=True)
     return found | dict(trained={k: v for k, v in told.items() if k != "config"}, history=history, log=log,
                         hours=None if seconds is None else seconds / 3600)
 
@@ -1475,9 +1488,10 @@ def write_results(name, jobs, how, command, device=None, out="results"):
             path.write_text(json.dumps({k: v for k, v in f.items() if k != "log"}, indent=1) + "\n")
     good, evaluated, logged = ({label: [] for label in models} for _ in range(3))
     for job, f in zip(jobs, found, strict=True):
-        good[job.label] += [f] * ("elbo" in f)
-        evaluated[job.label] += [line for line in f["history"] if line.get("estimator") == how]
-        logged[job.label] += f["log"]
+        if "elbo" in f:
+            good[job.label].append(f)
+            evaluated[job.label] += [line for line in f["history"] if line.get("estimator") == how]
+            logged[job.label] += f["log"]
     good = {label: runs for label, runs in good.items() if runs}
 
     title = name.replace("fig", "Figure ").replace("table", "Table ")

@@ -369,7 +369,7 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
     results, logs = {"DeConv VAE": a, "Broadcast VAE": b}, {"DeConv VAE": log, "Broadcast VAE": b}
     figure = ev.trend_figure(results, logs, tmp_path / "a.png")
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "R² of the affine map", "ELBO, a loss (nats) in training", "latents used in training"]  # no run has a MIG
+        "R² of the affine map", "NLL + KL (nats) in training", "latents used in training"]  # no run has a MIG
     axes = figure.axes[0]
     thick = [line for line in axes.lines if line.get_linewidth() > 1]
     thin = [line for line in axes.lines if line.get_linewidth() < 1]
@@ -385,11 +385,18 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
         np.testing.assert_allclose([ys.min(), ys.max()], [v.mean() - v.std(ddof=1), v.mean() + v.std(ddof=1)])
     assert "DeConv VAE (n = 3)" in texts(figure) and "Broadcast VAE (n = 1)" in texts(figure)
     assert "training steps" in texts(figure)
-    elbo = figure.axes[1]
-    assert len(elbo.lines[3].get_xydata()) == 5 and elbo.lines[3].get_marker() == ""  # five steps, one early
+    elbo, latents = figure.axes[1:]
+    assert elbo.lines[3].get_xydata()[:, 0].tolist() == [100, 200, 300]  # at 90 and 400 there is one of three runs
+    assert elbo.lines[3].get_marker() == "" and len(elbo.lines[1].get_xydata()) == 4  # which thin lines show
     assert 300 < elbo.get_ylim()[1] < 330 and elbo.get_ylim()[0] < 300.99
+    assert latents.get_ylim()[0] == 0 and latents.get_ylim()[1] > 10  # all of training, the collapse, too
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
     once = results | {"Broadcast VAE": b[:1]}  # evaluated at a single step: no curve to compare with
-    assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["ELBO", "late"]
+    assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["NLL ", "late"]
+    gone = results | {"all seeds diverged": []}
+    assert len(ev.trend_figure(gone, logs | {"all seeds diverged": []}, tmp_path / "b.png").axes) == 3
+    single = {"A": [dict(run="a", step=5, elbo=3.0, latents_used=1.0)]}
+    assert ev.trend_figure({}, single, tmp_path / "b.png").axes[0].lines[0].get_marker() != ""  # else it is not seen
     assert ev.trend_figure({"A": []}, {"A": []}, tmp_path / "c.png").axes  # nothing to show is no crash
 
 
