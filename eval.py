@@ -800,7 +800,7 @@ def trend_figure(evaluated, logged, path):
     shaded one standard deviation. Both arguments are {label: [dicts]}, a run once for each step. What no run has is not
     drawn."""
     evaluated, logged = ({label: runs for label, runs in given.items() if runs} for given in (evaluated, logged))
-    several = evaluated and all(len({m["step"] for m in runs}) > 1 for runs in evaluated.values())
+    several = logged and all(len({m["step"] for m in evaluated.get(label, ())}) > 1 for label in logged)
     panels = [(key, evaluated) for key in ("r2", "mig") if several and any(finite(r, key) for r in evaluated.values())]
     panels += [(key, logged) for key in ("elbo", "latents_used")]
     figure = new_figure(height=3.0 * math.ceil(len(panels) / 2), layout="constrained")

@@ -391,7 +391,9 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
     assert 300 < elbo.get_ylim()[1] < 330 and elbo.get_ylim()[0] < 300.99
     assert latents.get_ylim()[0] == 0 and latents.get_ylim()[1] > 10  # all of training, the collapse, too
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
-    once = results | {"Broadcast VAE": b[:1]}  # evaluated at a single step: no curve to compare with
+    for never in (b[:1], []):  # one of the models has no curve of evaluations, to compare with
+        assert len(ev.trend_figure(results | {"Broadcast VAE": never}, logs, tmp_path / "b.png").axes) == 2
+    once = results | {"Broadcast VAE": b[:1]}
     assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["NLL ", "late"]
     gone = results | {"all seeds diverged": []}
     assert len(ev.trend_figure(gone, logs | {"all seeds diverged": []}, tmp_path / "b.png").axes) == 3
