@@ -806,7 +806,7 @@ def trend_figure(evaluated, logged, path):
     figure = new_figure(height=3.0 * math.ceil(len(panels) / 2), layout="constrained")
     from matplotlib.ticker import EngFormatter
 
-    known = evaluated | logged
+    known = logged | {label: runs for label, runs in evaluated.items() if label not in logged}  # in the page's order
     colors, drawn = label_colors(known), {}
     last = max((m["step"] for runs in known.values() for m in runs), default=1)
     grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True).flat

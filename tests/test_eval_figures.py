@@ -393,6 +393,9 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     for never in (b[:1], []):  # one of the models has no curve of evaluations, to compare with
         assert len(ev.trend_figure(results | {"Broadcast VAE": never}, logs, tmp_path / "b.png").axes) == 2
+    for given in ({}, {"3": b}):  # the colours are those of the page's other figure
+        legend = ev.trend_figure(given, {"2": b, "3": b}, tmp_path / "b.png").legends[0]
+        assert [line.get_color() for line in legend.get_lines()] == [*ev.label_colors(["2", "3"]).values()]
     once = results | {"Broadcast VAE": b[:1]}
     assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["NLL ", "late"]
     gone = results | {"all seeds diverged": []}
