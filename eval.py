@@ -799,24 +799,20 @@ def trend_figure(evaluated, logged, path):
     as they were in training, means between log lines. A thin line per run, a thick one at the mean over the runs,
     shaded one standard deviation. Both arguments are {label: [dicts]}, a run once for each step. What no run has is not
     drawn."""
-    evaluated, logged = ({label: runs for label, runs in given.items() if runs} for given in (evaluated, logged))
-    several = logged and all(len({m["step"] for m in evaluated.get(label, ())}) > 1 for label in logged)
+    logged = {label: runs for label, runs in logged.items() if runs}
+    evaluated = {label: evaluated.get(label, []) for label in logged}
+    several = all(len({m["step"] for m in runs}) > 1 for runs in evaluated.values())
     panels = [(key, evaluated) for key in ("r2", "mig") if several and any(finite(r, key) for r in evaluated.values())]
     panels += [(key, logged) for key in ("elbo", "latents_used")]
-    figure = new_figure(height=3.0 * math.ceil(len(panels) / 2), layout="constrained")
+    rows, columns = {2: (1, 2), 3: (1, 3), 4: (2, 2)}[len(panels)]
+    figure = new_figure(height=3.0 * rows, layout="constrained")
     from matplotlib.ticker import EngFormatter
 
-    known = logged | {label: runs for label, runs in evaluated.items() if label not in logged}  # in the page's order
-    colors, drawn = label_colors(known), {}
-    last = max((m["step"] for runs in known.values() for m in runs), default=1)
-    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, sharex=True).flat
-    for axes, (key, results) in itertools.zip_longest(grid, panels, fillvalue=(None, {})):
-        if key is None:
-            axes.remove()
-            continue
+    colors, drawn = label_colors(logged), {}
+    last = max((m["step"] for runs in logged.values() for m in runs), default=1)
+    for axes, (key, results) in zip(figure.subplots(rows, columns).flat, panels, strict=True):
         name = "NLL + KL (nats)" if key == "elbo" else AXIS_LABELS[key]
         style_axes(axes, "training steps", name + " in training" * (results is logged))
-        axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         for marker, (label, runs) in zip(itertools.cycle(MARKERS), results.items()):
             found, lines, groups = finite(runs, key), {}, {}
@@ -837,12 +833,11 @@ def trend_figure(evaluated, logged, path):
                                       marker=marker if results is evaluated or len(steps) == 1 else "")
         axes.set_xlim(0, 1.02 * last)
         if key != "elbo":
-            most = max((m[key] for runs in results.values() for m in finite(runs, key)), default=1)
-            axes.set_ylim(min(0, axes.get_ylim()[0]) if key == "r2" else 0, max(1.05 * most, axes.get_ylim()[1]))
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if key == "r2" else 0)
         elif settled := [m[key] for runs in results.values() for m in finite(runs, key) if m["step"] >= last / 4]:
             margin = 0.05 * (max(settled) - min(settled)) or 1  # the first quarter would leave no room for the rest
             axes.set_ylim(min(settled) - margin, max(settled) + margin)
-    names = [f"{label} (n = {len({m['run'] for m in known[label]})})" for label in drawn]
+    names = [f"{label} (n = {len({m['run'] for m in logged[label]})})" for label in drawn]
     figure.legend(drawn.values(), names, loc="outside upper center", ncols=min(len(drawn), 3) or 1, fontsize=SMALL,
                   frameon=False)
     return save_figure(figure, path)

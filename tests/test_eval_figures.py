@@ -392,12 +392,11 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
     assert latents.get_ylim()[0] == 0 and latents.get_ylim()[1] > 10  # all of training, the collapse, too
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     for never in (b[:1], []):  # one of the models has no curve of evaluations, to compare with
-        assert len(ev.trend_figure(results | {"Broadcast VAE": never}, logs, tmp_path / "b.png").axes) == 2
+        figure = ev.trend_figure(results | {"Broadcast VAE": never}, logs, tmp_path / "b.png")
+        assert [axes.get_ylabel()[:4] for axes in figure.axes] == ["NLL ", "late"]
     for given in ({}, {"3": b}):  # the colours are those of the page's other figure
         legend = ev.trend_figure(given, {"2": b, "3": b}, tmp_path / "b.png").legends[0]
         assert [line.get_color() for line in legend.get_lines()] == [*ev.label_colors(["2", "3"]).values()]
-    once = results | {"Broadcast VAE": b[:1]}
-    assert [axes.get_ylabel()[:4] for axes in ev.trend_figure(once, logs, tmp_path / "b.png").axes] == ["NLL ", "late"]
     gone = results | {"all seeds diverged": []}
     assert len(ev.trend_figure(gone, logs | {"all seeds diverged": []}, tmp_path / "b.png").axes) == 3
     single = {"A": [dict(run="a", step=5, elbo=3.0, latents_used=1.0)]}

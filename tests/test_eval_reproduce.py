@@ -316,6 +316,9 @@ def test_stages_and_interruptions_leave_no_trace_in_the_weights(tiny, trained, n
         eval.write_results("tiny", [job], eval.estimator(3, samples, 0), "command")
     assert curves == [[[7], [2, 3, 6, 7]], [[3, 6, 7], [2, 3, 6, 7]]]
     assert "log" not in json.loads((tiny / "results" / "raw" / f"{run.name}.json").read_text())  # it may be long
+    (run / "metrics.jsonl").write_text('{"step": 2, "images_per_s": 9.0}\n')  # a foreign log costs only what it told
+    found = eval.collect(job)
+    assert found["log"] == [] and found["hours"] is None and len(found["history"]) == 4 and "elbo" in found
 
 
 def test_a_run_that_diverges_is_counted_and_the_rest_goes_on(tiny, no_figures, monkeypatch, capsys):
