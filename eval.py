@@ -833,7 +833,9 @@ def trend_figure(evaluated, logged, path):
                                       marker=marker if results is evaluated or len(steps) == 1 else "")
         axes.set_xlim(0, 1.02 * last)
         if key != "elbo":
-            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if key == "r2" else 0)
+            low, high = axes.get_ylim()
+            low = min(0, low) if key == "r2" else 0
+            axes.set_ylim(low, high + 0.05 * (high - low))  # room above a line that is nearly flat
         elif settled := [m[key] for runs in results.values() for m in finite(runs, key) if m["step"] >= last / 4]:
             margin = 0.05 * (max(settled) - min(settled)) or 1  # the first quarter would leave no room for the rest
             axes.set_ylim(min(settled) - margin, max(settled) + margin)

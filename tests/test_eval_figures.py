@@ -399,6 +399,8 @@ def test_trend_is_mean_and_std_over_the_runs_at_each_step(tmp_path):
         assert [line.get_color() for line in legend.get_lines()] == [*ev.label_colors(["2", "3"]).values()]
     gone = results | {"all seeds diverged": []}
     assert len(ev.trend_figure(gone, logs | {"all seeds diverged": []}, tmp_path / "b.png").axes) == 3
+    flat = {"A": [dict(run="a", step=s, elbo=3.0, latents_used=9.9 + s / 10) for s in (0, 1)]}
+    assert ev.trend_figure({}, flat, tmp_path / "b.png").axes[1].get_ylim()[1] > 10.4  # 10 lies not on the frame
     single = {"A": [dict(run="a", step=5, elbo=3.0, latents_used=1.0)]}
     assert ev.trend_figure({}, single, tmp_path / "b.png").axes[0].lines[0].get_marker() != ""  # else it is not seen
     assert ev.trend_figure({"A": []}, {"A": []}, tmp_path / "c.png").axes  # nothing to show is no crash
