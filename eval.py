@@ -455,7 +455,7 @@ DIGITS = dict(step=0, elbo=1, nll=1, nll_floor=1, kl=2, latents_used=2)  # else 
 
 def configuration(metrics) -> tuple:
     """What two runs share when they differ in the seed alone (hashable)."""
-    free = ("seed", "out", "device", "kernel", "cuda_graph", "resume", "steps", "log_every", "save_every")
+    free = ("seed", "out", "device", "kernel", "cuda_graph", "compile", "resume", "steps", "log_every", "save_every")
     config = {k: v for k, v in metrics["config"].items() if k not in free} | {"step": metrics["step"]}
     return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(config.items()))
 
@@ -464,8 +464,8 @@ def describe(config: dict) -> str:
     """The configuration in words: data set, decoder, and what is not the paper's; not the seed."""
     given = {k: config[k] for k in ("dataset", "decoder", "model", "likelihood")}
     usual = vars(sbvae.resolve(sbvae.Config(**given)))
-    free = (*given, "seed", "out", "device", "kernel", "cuda_graph", "resume", "steps", "log_every", "save_every",
-            "image_shape", "precision")
+    free = (*given, "seed", "out", "device", "kernel", "cuda_graph", "compile", "resume", "steps", "log_every",
+            "save_every", "image_shape", "precision")
     other = [name.replace("_", " ") + ("" if value is True else f" {value:g}") for name, value in config.items()
              if name not in free and value != usual[name]]
     kind = [v for v in (config["model"], config["likelihood"]) if v not in ("vae", "bernoulli")]
@@ -1245,7 +1245,7 @@ def check_folder(job):
         raise sbvae.InputError(f"{job.run}/config.json is a link; put the file itself there")
     if not isinstance(found, dict):
         return  # no run, or one that training will refuse
-    free = (*sbvae.FREE_ON_RESUME, "device", "precision", "kernel", "cuda_graph", "out", "image_shape")
+    free = (*sbvae.FREE_ON_RESUME, "device", "precision", "kernel", "cuda_graph", "compile", "out", "image_shape")
     for key, value in vars(sbvae.resolve(job.config)).items():
         if key not in free and found.get(key, value) != value:
             raise sbvae.InputError(f"{job.run} is a run with {sbvae.flag(key)} {found[key]}, not {value}; move it "

@@ -102,6 +102,8 @@ class Config:
                             ("fp32", "tf32", "bf16"))
     kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
     cuda_graph: bool = option(bool, "on a GPU: replay each step as one captured graph, without launching its kernels")
+    compile: bool = option(bool, "fuse a step's small kernels with torch.compile, in a minute at the start; a CPU is "
+                                 "slower then")
     deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
     resume: str = option(str, "carry on the run in this folder, exactly")
@@ -159,8 +161,8 @@ def resolve(config: Config) -> Config:
         gamma=35.0 if factor else 0.0, latents=10, mlp_layers=0 if broadcast else 1, upscales=0,
         conv_layers=5 if not broadcast else 6 if data == "objects" else 3, shuffle_coords=False,
         steps=steps.get(data, 500_000), batch_size=32 if factor else 16, lr=1e-4 if factor else 3e-4, seed=0,
-        device="cuda" if cuda else "cpu", kernel="auto", cuda_graph=False, deterministic=False,
-        out=default_out(c), log_every=200,
+        device="cuda" if cuda else "cpu", kernel="auto", cuda_graph=False, compile=False,
+        deterministic=False, out=default_out(c), log_every=200,
         save_every=50_000 if cuda else 5_000)
     for f in dataclasses.fields(c):
         if getattr(c, f.name) is None:
@@ -185,6 +187,7 @@ def resolve(config: Config) -> Config:
         (not (broadcast or c.mlp_layers), f"--mlp-layers must be at least 1: {c.decoder} needs one to fill its map"),
         (c.kernel != "auto" and (not broadcast or c.upscales),
          f"--kernel {c.kernel} is for the convolution after the tile, and this model has none; drop it"),
+        (c.compile and c.deterministic, "--compile chooses kernels by timing them; drop it, or --deterministic"),
     ]:
         if wrong:
             raise InputError(message)
@@ -233,11 +236,12 @@ def sprite_edges(device: torch.device) -> torch.Tensor:
     return table.to(device)
 
 
-def draw_sprites(factors: torch.Tensor) -> torch.Tensor:
+def draw_sprites(factors: torch.Tensor, edges: torch.Tensor | None = None) -> torch.Tensor:
     """dSprites (Matthey et al. 2017), drawn: equal in every pixel to all published frames we compared.
 
     factors (N, 5) int: classes of shape, scale, orientation, x, y -> (N, 64, 64) bool, on their device and
-    without host synchronisation. Raises ValueError for a wrong shape or dtype and, on a CPU, class.
+    without host synchronisation. edges: `sprite_edges`, where they are at hand. Raises ValueError for a wrong
+    shape or dtype and, on a CPU, class.
 
     The outline's vertices are snapped to 1/256 pixel; a pixel is on when its centre lies inside. Walking
     round the outline, an edge that meets a scanline at column c adds 2**c going down and takes it away
@@ -247,7 +251,8 @@ def draw_sprites(factors: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"factors must have shape (N, 5), not {tuple(factors.shape)}")
     check_classes(factors, SPRITE_SIZES)
     shape, scale, orientation = factors[:, :3].long().unbind(1)
-    edges = sprite_edges(factors.device)[shape, scale, orientation]  # (N, 150, 5)
+    edges = sprite_edges(factors.device) if edges is None else edges
+    edges = edges[shape, scale, orientation]  # (N, 150, 5)
     centre = 16 + 32 * factors[:, 3:].double() / 31
     x0, y0, x1, y1 = ((edges[..., :4] + centre.repeat(1, 2)[:, None]) * 256).round().unbind(-1)
     # Pixel centres lie at 256 i + 128. Met are the scanlines with top < 256 row + 128 <= bottom: a centre
@@ -261,7 +266,7 @@ def draw_sprites(factors: torch.Tensor) -> torch.Tensor:
     ends = torch.where(met, (y1 - y0).sign().long() << column, 0)
     place = torch.where(met, row, 0).long() + 64 * torch.arange(len(factors), device=factors.device)[:, None]
     words = torch.zeros(64 * len(factors), dtype=torch.int64, device=factors.device)
-    words.index_add_(0, place.flatten(), ends.flatten())
+    words.scatter_add_(0, place.flatten(), ends.flatten())
     bits = torch.arange(8, dtype=torch.uint8, device=factors.device)
     return ((words.view(torch.uint8)[:, None] >> bits) & 1).view(-1, 64, 64).bool()  # little-endian
 
@@ -276,13 +281,9 @@ def check_classes(factors, sizes):
 
 def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
     """(..., 3) hue, saturation, value in [0, 1] -> (..., 3) red, green, blue in [0, 1]."""
-    h, s, v = hsv.unbind(-1)
-
-    def channel(n):  # a trapezoid over the hue circle, shifted by a third for each channel
-        k = (n + 6 * h) % 6
-        return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], -1)
+    h, s, v = hsv.split(1, -1)
+    k = (torch.arange(5, 0, -2, device=hsv.device) + 6 * h) % 6  # round the hue circle, a third on for each channel
+    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)  # a trapezoid
 
 
 class Sprites:
@@ -296,11 +297,12 @@ class Sprites:
     factor_names = ("shape", "scale", "orientation", "x", "y", "hue", "saturation", "value")
     factor_sizes = (*SPRITE_SIZES, 10, 10, 10)
 
-    def __init__(self, device="cpu", masks=draw_sprites):
-        self.masks, self.sizes = masks, torch.tensor(SPRITE_SIZES, device=device)
+    def __init__(self, device="cpu", masks=None):
+        self.sizes = torch.tensor(SPRITE_SIZES, device=device)
         self.low, self.range = torch.tensor([[0.0, 0.3, 0.3], [1.0, 0.4, 0.4]], device=device)
         self.device = self.sizes.device
-        sprite_edges(self.device)  # now: copies from the host cannot be captured in a CUDA graph
+        # The edges now: copies from the host cannot be captured in a CUDA graph, nor compiled.
+        self.masks = masks or functools.partial(draw_sprites, edges=sprite_edges(self.device))
 
     def paint(self, factors, color):  # (N, 5) int, (N, 3) in [0, 1] -> (N, 3, 64, 64) in [0, 1]
         rgb = hsv_to_rgb(self.low + self.range * color)
@@ -859,7 +861,8 @@ def choose_kernel(config: Config, device) -> str:
     return ("triton where it can, else torch" if device.type == "cuda" else "torch, the factorised layer") + others
 
 
-def training_step(config, data, generator, model, optimizer, discriminator=None, d_optimizer=None) -> torch.Tensor:
+def training_step(config, data, generator, model, optimizer, discriminator=None, d_optimizer=None,
+                  loss_function=vae_loss) -> torch.Tensor:
     """Draw a batch, encode, sample, decode, step down the gradient: the whole of training. -> ELBO, NLL, KL, latents
     used; FactorVAE adds total correlation and the discriminator's loss. No line of it waits for the device."""
     device = next(model.parameters()).device
@@ -867,7 +870,7 @@ def training_step(config, data, generator, model, optimizer, discriminator=None,
     images = data.sample(config.batch_size, generator)
     with autocast():
         out = model(images, generator)
-    loss, nll, kl = vae_loss(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
+    loss, nll, kl = loss_function(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)
     terms = [nll + kl, nll, kl, (out.logvar < 2 * math.log(0.5)).sum(1).float().mean()]  # sigma < 0.5
     if discriminator:
         discriminator.requires_grad_(False)  # here it judges and does not learn
@@ -886,6 +889,27 @@ def training_step(config, data, generator, model, optimizer, discriminator=None,
         d_optimizer.step()
         terms += [tc, d_loss]
     return torch.stack([term.detach() for term in terms])
+
+
+def compile_parts(config, data, model, discriminator=None):
+    """torch.compile for what a step calls, so that its many small kernels become few -> the compiled `vae_loss`. On a
+    CPU, where nothing is launched, it does not pay. Raises InputError where it does not work."""
+    device = next(model.parameters()).device
+    if isinstance(data, Sprites):
+        data.paint = torch.compile(data.paint, dynamic=False)
+    for module in (model.encoder, model.decoder, *[discriminator] * bool(discriminator)):
+        module.forward = torch.compile(module.forward, dynamic=False)  # names of weights stay
+    loss_function = torch.compile(vae_loss, dynamic=False)
+    try:  # now, before anything is written
+        images = data.sample(config.batch_size, torch.Generator(device).manual_seed(0))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            out = model(images)
+        loss_function(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)[0].backward()
+        model.zero_grad()
+    except Exception as e:  # a missing compiler, say; it comes as many things
+        first = str(e).partition("\n")[0]
+        raise InputError(f"--compile does not work here ({type(e).__name__}: {first[:200]}); drop it") from e
+    return loss_function
 
 
 def capture(one_step, generator):
@@ -967,6 +991,7 @@ def train(config: Config) -> dict:
         sums.copy_(checkpoint["sums"])
     added = torch.tensor(step - logged, device=device)  # steps in the sums
     pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
+    loss_function = compile_parts(config, data, model, parts.get("discriminator")) if config.compile else vae_loss
 
     def save():
         os.fsync(log.fileno())  # the checkpoint says how far it goes
@@ -991,12 +1016,12 @@ def train(config: Config) -> dict:
           f"{config.beta:g}" + f", gamma {config.gamma:g}" * factor)
     print("weights ", ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in modules.items() if m))
     print(f"device   {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {precision} ({why})")
-    print(f"kernel   {choose_kernel(config, device)}")
+    print(f"kernel   {choose_kernel(config, device)}" + "; the parts of a step compiled" * config.compile)
     print(f"run      {run}, steps {step:,} to {config.steps:,}, batch {config.batch_size}, lr {config.lr:g}, seed "
           f"{config.seed}", flush=True)
 
     def one_step():
-        terms = training_step(config, data, generator, **parts)
+        terms = training_step(config, data, generator, **parts, loss_function=loss_function)
         healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
         sums.copy_(torch.where(healthy, sums + terms, sums))
         added.add_(healthy)
@@ -1065,7 +1090,8 @@ def train(config: Config) -> dict:
                 added.zero_()
                 logged, begun, begun_at = step, time.perf_counter(), step
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+                with autocast, torch.compiler.set_stance("force_eager"):  # not to be compiled for these batch sizes
                     save_pictures(run, model, pictured)
             if to_save or leaving:
                 save()

@@ -59,8 +59,9 @@ step() {
 short() {
     nvidia-smi --query-gpu=timestamp,utilization.gpu,memory.used --format=csv -l 1 >"$out/use.csv" &
     local watch=$! decoder precision seed
-    train sprites-eager --steps 3000 # these two alone: their logs tell the steps a second
+    train sprites-eager --steps 3000 # these three alone: their logs tell the steps a second
     train sprites-graph --steps 20000 --cuda-graph
+    train sprites-compiled --steps 20000 --cuda-graph --compile
     kill $watch
     for decoder in broadcast deconv; do
         train sprites-vae-$decoder --decoder $decoder --steps 20000 --cuda-graph &
@@ -73,7 +74,7 @@ short() {
         done
         wait
     done
-    logged eval_short "$python" eval.py runs/sprites-{fp32,tf32,bf16}-{0,1,2} runs/sprites-{vae,factorvae}-{broadcast,deconv}
+    logged eval_short "$python" eval.py runs/sprites-{fp32,tf32,bf16}-{0,1,2} runs/sprites-compiled runs/sprites-{vae,factorvae}-{broadcast,deconv}
 }
 
 figure() { # NAME DATASET VARIANT ...: its runs side by side, where --reproduce looks for them; then the figure

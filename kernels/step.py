@@ -37,8 +37,9 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 def rungs(device, precision, broadcast):
-    """label -> layout, which of kernels/, precision, fused Adam or not, CUDA graph or not; each adds one thing."""
-    naive = dict(layout=FIRST, kernel=False, same=False, precision="fp32", fused=False, graph=False)
+    """label -> layout, which of kernels/, precision, and what else is used; each adds one thing."""
+    naive = dict(layout=FIRST, kernel=False, same=False, precision="fp32", fused=False, benchmark=False, graph=False,
+                 compile=False)
     if device == "cpu":
         ladder = [("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True))]
         if broadcast:  # channels last pays together with fewer multiplications, or with bf16
@@ -47,7 +48,8 @@ def rungs(device, precision, broadcast):
     else:
         ladder = [("channels last", dict(layout=LAST)), ("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True)),
                   ("tf32", dict(precision="tf32")), ("bf16", dict(precision="bf16")),
-                  ("CUDA graph", dict(graph=True))]
+                  ("convolutions chosen by timing", dict(benchmark=True)), ("CUDA graph", dict(graph=True))]
+    ladder += [("torch.compile", dict(compile=True))]
     found = {"naive": naive}
     for name, change in ladder:
         naive = naive | change
@@ -56,9 +58,10 @@ def rungs(device, precision, broadcast):
 
 
 @contextlib.contextmanager
-def settings(sbvae, kernel, precision, same=False, **_):
+def settings(sbvae, kernel, precision, same=False, benchmark=False, **_):
     """As `sbvae.train` sets them for this rung; without kernels/ it tiles, concatenates and convolves."""
     saved = sbvae.broadcast_conv2d, sbvae.same_conv2d
+    torch.backends.cudnn.benchmark = benchmark
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     sbvae.broadcast_conv2d, sbvae.same_conv2d = saved[0] if kernel else None, saved[1] if same else None
     try:
@@ -78,8 +81,10 @@ def make_step(sbvae, config, device, rung):
         discriminator = sbvae.build_discriminator(config.latents).to(device)
         parts |= dict(discriminator=discriminator, d_optimizer=adam(discriminator.parameters(), lr=2e-5))
     data, generator = sbvae.load_dataset(config.dataset, device), torch.Generator(device).manual_seed(0)
-    step = functools.partial(sbvae.training_step, config, data, generator, **parts)
     with settings(sbvae, **rung):
+        if rung["compile"]:
+            parts["loss_function"] = sbvae.compile_parts(config, data, model, parts.get("discriminator"))
+        step = functools.partial(sbvae.training_step, config, data, generator, **parts)
         for _ in range(4):
             step()
         if rung["graph"]:
@@ -97,7 +102,7 @@ def ladder(sbvae, config, device, precision, seconds):
     for label, rung in found.items():
         try:
             steps[label] = make_step(sbvae, config, device, rung)
-        except RuntimeError as e:
+        except (RuntimeError, sbvae.InputError) as e:
             print(f"{label}: not run ({' '.join(str(e).split())[:200]})", flush=True)
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds * len(steps) or len(next(iter(times.values()))) < 7:
@@ -118,10 +123,9 @@ def ladder(sbvae, config, device, precision, seconds):
 
 
 def trained(sbvae, changes, device, steps):
-    """Steps per second in the log of `sbvae.train` as it comes: with logging, and the device's own choices."""
+    """Steps per second in the log of `sbvae.train`: with logging, and the device's own choices."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        config = sbvae.Config(**changes, device=device, steps=steps, log_every=max(steps // 4, 1), out=folder + "/run",
-                              cuda_graph=True if device != "cpu" else None)
+        config = sbvae.Config(**changes, device=device, steps=steps, log_every=max(steps // 4, 1), out=folder + "/run")
         sbvae.train(config)
         log = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     # the last interval also holds a save; the first the warm-up
@@ -260,9 +264,12 @@ def main(args, header):
         for label, ms, low, high, rate, ratio in rows:
             say(f"| {label} | {ms:.4g} | {low:.4g} | {high:.4g} | {rate:.4g} | {rate * config.batch_size:.4g} | "
                 f"{ratio:.3g} |")
-        rate = trained(sbvae, changes, args.device, 80 if args.device == "cpu" else 8000)
-        say(f"| `python sbvae.py`, by its own log | {1e3 / rate:.4g} | | | {rate:.4g} | "
-            f"{rate * config.batch_size:.4g} | {rows[0][1] * rate / 1e3:.3g} |")
+        for flags in [[]] if args.device == "cpu" else [[], ["cuda_graph"], ["cuda_graph", "compile"]]:
+            steps = 80 if args.device == "cpu" else 8000 if flags else 2000
+            rate = trained(sbvae, changes | dict.fromkeys(flags, True), args.device, steps)
+            flags = " ".join(["python sbvae.py", *map(sbvae.flag, flags)])
+            say(f"| `{flags}`, by its own log | {1e3 / rate:.4g} | | | {rate:.4g} | "
+                f"{rate * config.batch_size:.4g} | {rows[0][1] * rate / 1e3:.3g} |")
         parts, by_macs, by_bytes, flops, bandwidth = split(sbvae, config, args.device, precision, args.seconds)
         ms = 1e3 / rate
         say("", f"Floor in {precision}: {by_macs:.3g} ms of multiply-adds at {2 * flops / 1e9:.3g} TFLOP/s (a matrix "
@@ -281,7 +288,7 @@ def main(args, header):
             say(f"| {n} | {threads} | {each:.4g} | {together:.4g} |")
     if args.replicas and args.device != "cpu":
         config = sbvae.resolve(sbvae.Config(device=args.device, image_shape=[3, 64, 64]))
-        *_, rung = rungs(args.device, "bf16", True).values()
+        rung = rungs(args.device, "bf16", True)["+ CUDA graph"]
         say("", "## Replicas, each on its own stream in one process", "", "| at once | steps/s in all |", "|---|---|")
         for n, together in streams(sbvae, config, rung, args.replicas, args.seconds * 10):
             say(f"| {n} | {together:.4g} |")

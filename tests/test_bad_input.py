@@ -89,6 +89,7 @@ def flag_cases():
         yield words, ""
     yield from [
         (["--gamma", "3"], "--gamma"), (["--lr", "0"], "--lr"), (["--conv-layers", "65"], "64"),
+        (["--compile", "--deterministic"], "--compile"),
         (["--model", "factorvae", "--batch-size", "1"], "--batch-size"), (["--mlp-layers", "1000000"], "64"),
         (["--decoder", "deconv", "--shuffle-coords"], "--shuffle-coords"), (["--upscales", "4"], "--upscales"),
         (["--decoder", "coordconv", "--upscales", "1"], "--upscales"), (["--steps", "9" * 18], "--steps"),

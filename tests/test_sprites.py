@@ -198,6 +198,24 @@ def test_no_host_synchronisation():
         factors.sum().item()
 
 
+def test_compiled_drawing_looks_its_outlines_up():
+    """The compiler traces through caches: traced, the table would be made again in each step, on the host."""
+    u, graphs = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def operations(data):
+        graphs.clear()
+        torch.compiler.reset()
+        paint = torch.compile(data.paint, backend=lambda graph, _: graphs.append(graph) or graph)
+        factors = (u[:, :5] * data.sizes).long()
+        assert torch.equal(paint(factors, u[:, 5:]), data.paint(factors, u[:, 5:]))
+        return {node.target if isinstance(node.target, str) else node.target.__name__
+                for graph in graphs for node in graph.graph.nodes}
+
+    found = operations(sbvae.Sprites())
+    assert "scatter_add_" in found and "cos" not in found
+    assert "cos" in operations(sbvae.Sprites(masks=sbvae.draw_sprites))  # negative control
+
+
 def test_hsv_to_rgb():
     hsv = torch.rand(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hsv[:8, 0] = torch.arange(8) / 7  # the corners of the hue circle

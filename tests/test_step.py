@@ -39,7 +39,8 @@ def test_every_rung_trains_the_same_model(model, monkeypatch):
         ends[label] = torch.cat([p.detach().flatten() for p in built[-1].parameters()])
     begin = torch.cat([p.detach().flatten() for p in sbvae.build_model(config).parameters()])
     moved = (ends["naive"] - begin).norm()
-    assert list(ends) == ["naive", "+ kernel", "+ fused Adam", "+ same_conv, channels last", "+ bf16, channels last"]
+    assert list(ends) == ["naive", "+ kernel", "+ fused Adam", "+ same_conv, channels last", "+ bf16, channels last",
+                          "+ torch.compile"]
     assert moved > 0
     assert all((end - ends["naive"]).norm() < 0.35 * moved for end in ends.values())
     for label in ("+ fused Adam", "+ same_conv, channels last"):
@@ -51,7 +52,7 @@ def test_the_ladder_is_relative_to_naive(monkeypatch):
     monkeypatch.setattr(step, "make_step", lambda sbvae, config, device, rung: lambda: time.sleep(
         0.01 if rung["kernel"] else 0.05))
     rows = step.ladder(sbvae, sbvae.resolve(sbvae.Config(decoder="deconv")), "cpu", "fp32", 0.05)
-    assert [r[0] for r in rows] == ["naive", "+ kernel", "+ fused Adam"] and rows[0][5] == 1
+    assert [r[0] for r in rows] == ["naive", "+ kernel", "+ fused Adam", "+ torch.compile"] and rows[0][5] == 1
     assert all(3 < r[5] < 6 and r[2] <= r[1] <= r[3] and r[4] == 1e3 / r[1] for r in rows[1:])
 
 

@@ -288,14 +288,45 @@ def test_no_step_waits_for_the_device(model, tmp_path, monkeypatch):
     assert waits(5) > once + 3
 
 
+def test_compiled_parts_do_what_eager_ones_do(tmp_path, monkeypatch):
+    """From one seed the log differs by rounding only, another seed's by more; and each part is compiled as a whole."""
+    from torch._dynamo.utils import counters
+
+    for check in ("check_classes", "check_pixels"):  # they look at the values on a CPU only
+        monkeypatch.setattr(sbvae, check, lambda *_: None)
+    logs, graphs = [], []
+    for name, change in (("eager", {}), ("compiled", dict(compile=True)), ("other", dict(seed=1))):
+        torch.compiler.reset()
+        counters.clear()
+        sbvae.train(Config(model="factorvae", steps=4, **TINY, precision="fp32", log_every=2,
+                           out=str(tmp_path / name), **change))
+        logs.append(np.array([list(line.values()) for line in history(tmp_path / name)]))
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"]
+    eager, compiled, other = logs
+    assert np.allclose(compiled, eager, rtol=1e-4, atol=1e-5) and not np.allclose(other, eager, rtol=1e-4, atol=1e-5)
+    # drawing and encoder with gradients and without, decoder, loss, discriminator as judge and as pupil; no pictures
+    assert graphs == [0, 8, 0]
+
+
+def test_a_compiler_that_is_missing(tmp_path):
+    """One line, and nothing is written."""
+    environment = {**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command(*QUICK, "--steps", 3, "--compile", "--out", "r"), cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and not (tmp_path / "r").exists()
+    assert re.fullmatch(r"error: --compile does not work here .*; drop it\n", done.stderr)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("model", ["vae", "factorvae"])
-def test_a_captured_step_does_what_an_eager_one_does(model, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_step_does_what_an_eager_one_does(compiled, model, tmp_path):
     """200 steps from one seed, in fp32: the log differs by rounding only, and resuming draws on, not again."""
     records = []
     for graph in (False, True):
         config = Config(model=model, steps=100, log_every=50, device="cuda", precision="fp32", cuda_graph=graph,
-                        deterministic=True, out=str(tmp_path / str(graph)))
+                        compile=graph and compiled, deterministic=not compiled, out=str(tmp_path / str(graph)))
         sbvae.train(config)
         sbvae.train(Config(resume=config.out, steps=200))
         records.append(history(Path(config.out)))
