@@ -1091,7 +1091,7 @@ def train(config: Config) -> dict:
                 logged, begun, begun_at = step, time.perf_counter(), step
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
                 autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-                with autocast, torch.compiler.set_stance("force_eager"):  # not to be compiled for these batch sizes
+                with autocast, torch.compiler.set_stance("force_eager"):  # not worth compiling for these batches
                     save_pictures(run, model, pictured)
             if to_save or leaving:
                 save()
