@@ -895,18 +895,21 @@ def compile_parts(config, data, model, discriminator=None):
     """torch.compile for what a step calls, so that its many small kernels become few -> the compiled `vae_loss`. On a
     CPU, where nothing is launched, it does not pay. Raises InputError where it does not work."""
     device = next(model.parameters()).device
-    if isinstance(data, Sprites):
-        data.paint = torch.compile(data.paint, dynamic=False)
-    for module in (model.encoder, model.decoder, *[discriminator] * bool(discriminator)):
-        module.forward = torch.compile(module.forward, dynamic=False)  # names of weights stay
-    loss_function = torch.compile(vae_loss, dynamic=False)
-    try:  # now, before anything is written
+    try:
+        if isinstance(data, Sprites):
+            data.paint = torch.compile(data.paint, dynamic=False)
+        for module in (model.encoder, model.decoder, *[discriminator] * bool(discriminator)):
+            module.forward = torch.compile(module.forward, dynamic=False)  # names of weights stay
+        loss_function = torch.compile(vae_loss, dynamic=False)
+        # It compiles what is called: now, before anything is written.
         images = data.sample(config.batch_size, torch.Generator(device).manual_seed(0))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             out = model(images)
         loss_function(out.logits, images, out.mu, out.logvar, config.beta, config.likelihood)[0].backward()
         model.zero_grad()
     except Exception as e:  # a missing compiler, say; it comes as many things
+        if lacks_memory(e):
+            raise
         first = str(e).partition("\n")[0]
         raise InputError(f"--compile does not work here ({type(e).__name__}: {first[:200]}); drop it") from e
     return loss_function
@@ -971,6 +974,7 @@ def train(config: Config) -> dict:
     config = dataclasses.replace(config, precision=precision, image_shape=shape)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(config.deterministic)  # cuDNN's gradients else add up in any order
+    torch.backends.cudnn.benchmark = not config.deterministic  # time its algorithms once, as shapes stay the same
     model = build_model(config).to(device, memory_format=choose_layout(config, device))
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     optimizer = adam(model.parameters(), lr=config.lr)

@@ -1,7 +1,8 @@
 """Speed of whole training steps: `python -m kernels.bench --step [--device cuda] [--out results]`.
 
 One rung at a time from the plain way (fp32, NCHW, tile + concatenate + convolve, Adam without
-fusion) to what `python sbvae.py` does by itself: the data drawn, encoder, decoder, loss, backward
+fusion) to what `python sbvae.py` does by itself, and further to --cuda-graph on a GPU and to
+--compile, which on a CPU is a step back: the data drawn, encoder, decoder, loss, backward
 pass, Adam; for FactorVAE the discriminator too. All rungs are timed in turn, step by step, in one
 run, so that a machine that slows down slows all of them; given are the median and the 20 % and 80 %
 quantiles. On a GPU a step ends with a synchronisation, but for the rung that replays a CUDA graph,
@@ -12,15 +13,17 @@ convolutions and linear layers, without the first layer after the tile, which ne
 (see broadcast_conv.py), at the rate of a large matrix product in the same precision on the same
 device in the same run; and the activations written and read once per pass, at the rate of `copy_`.
 In fp32 on a CPU same_conv.py needs fewer and goes below: then a layer has more than 100% of the
-rate. The split by layer times each convolution by itself, forward and backward. `--replicas` trains several
-seeds at once, each in a process of its own, and sums up their steps; on a GPU also in one process, each on a stream of
-its own.
+rate. The split by layer times each convolution by itself, forward and backward; on a GPU that
+includes its launch, so that little may be left for all else. `--replicas` trains several seeds at
+once, each in a process of its own, and sums up their steps; on a GPU also in one process, each on a
+stream of its own.
 
 Results go to results/step_<device>.md. Needs sbvae.py beside kernels/.
 """
 
 import contextlib
 import functools
+import io
 import json
 import os
 import subprocess
@@ -38,7 +41,7 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 def rungs(device, precision, broadcast):
     """label -> layout, which of kernels/, precision, and what else is used; each adds one thing."""
-    naive = dict(layout=FIRST, kernel=False, same=False, precision="fp32", fused=False, benchmark=False, graph=False,
+    naive = dict(layout=FIRST, kernel=False, same=False, precision="fp32", fused=False, graph=False,
                  compile=False)
     if device == "cpu":
         ladder = [("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True))]
@@ -48,7 +51,7 @@ def rungs(device, precision, broadcast):
     else:
         ladder = [("channels last", dict(layout=LAST)), ("kernel", dict(kernel=True)), ("fused Adam", dict(fused=True)),
                   ("tf32", dict(precision="tf32")), ("bf16", dict(precision="bf16")),
-                  ("convolutions chosen by timing", dict(benchmark=True)), ("CUDA graph", dict(graph=True))]
+                  ("CUDA graph", dict(graph=True))]
     ladder += [("torch.compile", dict(compile=True))]
     found = {"naive": naive}
     for name, change in ladder:
@@ -58,10 +61,9 @@ def rungs(device, precision, broadcast):
 
 
 @contextlib.contextmanager
-def settings(sbvae, kernel, precision, same=False, benchmark=False, **_):
+def settings(sbvae, kernel, precision, same=False, **_):
     """As `sbvae.train` sets them for this rung; without kernels/ it tiles, concatenates and convolves."""
     saved = sbvae.broadcast_conv2d, sbvae.same_conv2d
-    torch.backends.cudnn.benchmark = benchmark
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     sbvae.broadcast_conv2d, sbvae.same_conv2d = saved[0] if kernel else None, saved[1] if same else None
     try:
@@ -123,10 +125,13 @@ def ladder(sbvae, config, device, precision, seconds):
 
 
 def trained(sbvae, changes, device, steps):
-    """Steps per second in the log of `sbvae.train`: with logging, and the device's own choices."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+    """Steps per second in the log of `sbvae.train`: with logging, and the device's own choices. Raises InputError, and
+    RuntimeError when a graph that was asked for was not captured."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
         config = sbvae.Config(**changes, device=device, steps=steps, log_every=max(steps // 4, 1), out=folder + "/run")
         sbvae.train(config)
+        if config.cuda_graph and "a step is one CUDA graph" not in said.getvalue():
+            raise RuntimeError("no graph was captured")
         log = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     # the last interval also holds a save; the first the warm-up
     return sorted(r["images_per_s"] for r in log[1:-1])[1] / sbvae.resolve(config).batch_size
@@ -266,15 +271,19 @@ def main(args, header):
                 f"{ratio:.3g} |")
         for flags in [[]] if args.device == "cpu" else [[], ["cuda_graph"], ["cuda_graph", "compile"]]:
             steps = 80 if args.device == "cpu" else 8000 if flags else 2000
-            rate = trained(sbvae, changes | dict.fromkeys(flags, True), args.device, steps)
-            flags = " ".join(["python sbvae.py", *map(sbvae.flag, flags)])
-            say(f"| `{flags}`, by its own log | {1e3 / rate:.4g} | | | {rate:.4g} | "
+            asked, flags = dict.fromkeys(flags, True), " ".join(["python sbvae.py", *map(sbvae.flag, flags)])
+            try:
+                rate = trained(sbvae, changes | asked, args.device, steps)
+            except (RuntimeError, sbvae.InputError) as e:
+                print(f"{flags}: not run ({e})", flush=True)
+                continue
+            ms = 1e3 / rate
+            say(f"| `{flags}`, by its own log | {ms:.4g} | | | {rate:.4g} | "
                 f"{rate * config.batch_size:.4g} | {rows[0][1] * rate / 1e3:.3g} |")
         parts, by_macs, by_bytes, flops, bandwidth = split(sbvae, config, args.device, precision, args.seconds)
-        ms = 1e3 / rate
         say("", f"Floor in {precision}: {by_macs:.3g} ms of multiply-adds at {2 * flops / 1e9:.3g} TFLOP/s (a matrix "
-            f"product here), {by_bytes:.3g} ms of activations at {bandwidth / 1e6:.4g} GB/s (a copy here). A step "
-            f"takes {ms:.3g} ms: {max(by_macs, by_bytes) / ms:.0%} of it is the floor.", "",
+            f"product here), {by_bytes:.3g} ms of activations at {bandwidth / 1e6:.4g} GB/s (a copy here). The last "
+            f"row's step takes {ms:.3g} ms: {max(by_macs, by_bytes) / ms:.0%} of it is the floor.", "",
             "| layer by itself | MMAC forward | forward ms | backward ms | of the matrix rate |",
             "|---|---|---|---|---|")
         for label, macs, forward, backward, share in parts:
