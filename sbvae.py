@@ -106,7 +106,7 @@ class Config:
                                  "slower then")
     deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
-    resume: str = option(str, "carry on the run in this folder, exactly")
+    resume: str = option(str, "carry on the run in this folder, on a CPU exactly")
     log_every: int = option(int, "steps between log lines; default 200", least=1)
     save_every: int = option(int, "steps between checkpoints with pictures; default 5000, on a GPU 50000", least=1)
     image_shape: list = None  # [C, H, W] of the data set; not a flag
