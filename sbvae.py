@@ -102,8 +102,8 @@ class Config:
                             ("fp32", "tf32", "bf16"))
     kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
     cuda_graph: bool = option(bool, "on a GPU: replay each step as one captured graph, without launching its kernels")
-    compile: bool = option(bool, "fuse a step's small kernels with torch.compile, in a minute at the start; does not "
-                                 "pay on a CPU")
+    compile: bool = option(bool, "fuse a step's small kernels with torch.compile, before the first; does not pay on a "
+                                 "CPU")
     deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
     resume: str = option(str, "carry on the run in this folder, on a CPU exactly")

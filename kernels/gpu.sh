@@ -53,9 +53,9 @@ layer() {
 }
 
 # Predicted before any measurement, for the broadcast VAE on sprites on an H200, in steps a second: it is bound by its
-# many small operations, 191 a step of which 68 draw the batch (209 and 86 before the colours' channels were computed at
-# once). Launched one by one 200 to 450, whatever the precision and layout; as a graph, at 2 us each and with 0.15 ms of
-# convolutions in bf16, 1,500 to 2,500; compiled, with half as many, 2,500 to 4,000; the goal is 3,000.
+# many small operations, about 190 a step, 70 of them to draw the batch (counted on the meta device). Launched one by one
+# 200 to 450, whatever the precision and layout; as a graph, at 2 us each and with 0.15 ms of convolutions in bf16, 1,500
+# to 2,500; compiled, with half as many, 2,500 to 4,000; the goal is 3,000.
 step() {
     logged step "$python" -m kernels.bench --step --replicas 1 2 4 8 --out "$out"
 }
