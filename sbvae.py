@@ -918,15 +918,22 @@ def compile_parts(config, data, model, discriminator=None):
 def capture(one_step, generator):
     """-> a function that does what `one_step` does, and what it is, in words. As a CUDA graph a step is launched
     as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
-    state, sums and the generator's offset live on the device, and each replay moves them on."""
+    state, sums and the generator's offset live on the device, and each replay moves them on. The stream of now must
+    not be the default one, and have seen a few steps."""
+    before = generator.clone_state()
     try:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)  # else replays would draw the same numbers again
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             one_step()
-    except (RuntimeError, AttributeError) as e:
+    except RuntimeError as e:
+        generator.graphsafe_set_state(before)  # else it may believe that the capture goes on
         return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:120]})"
-    return graph.replay, "a step is one CUDA graph"
+
+    def replay(keep=one_step):  # the graph knows where the weights were, but does not keep them
+        graph.replay()
+
+    return replay, "a step is one CUDA graph"
 
 
 def versions(device=None) -> dict:
@@ -1043,9 +1050,14 @@ def train(config: Config) -> dict:
     bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() and not several else None
     say = bar.write if bar else functools.partial(print, flush=True)
     first, begun, begun_at, advance = step, time.perf_counter(), step, one_step
+    stream = contextlib.ExitStack()
     try:
         for number in handlers:
             signal.signal(number, stop)
+        if config.cuda_graph:  # A graph needs another stream than the default one, and the steps before it are to be on
+            side = torch.cuda.Stream(device)  # the same, as autograd and cuBLAS go back to what they have seen.
+            side.wait_stream(torch.cuda.current_stream(device))
+            stream.enter_context(torch.cuda.stream(side))
         leaving = False
         while step < config.steps and not leaving:
             if config.cuda_graph and step == first + 3:  # libraries and memory are warm now
@@ -1100,6 +1112,7 @@ def train(config: Config) -> dict:
             if to_save or leaving:
                 save()
     finally:
+        stream.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if bar:

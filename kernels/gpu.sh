@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER [PART ...]], from anywhere.
-#   tests    the tests that run on a GPU, then all others
-#   layer    the first layer's benchmark: correct first, then every shape, launched, as CUDA graphs, and compiled
+#   tests    the tests that need a GPU
+#   layer    the first layer's benchmark: correct first, then every shape, launched and as CUDA graphs
 #   step     whole training steps, rung by rung, and several models at once
 #   short    20,000 steps on sprites: precision over 3 seeds, both decoders, FactorVAE; memory and use of the GPU
 #   circles  circles-xy at the paper's 500,000 steps, both decoders, SEEDS of each (default 2), then Figure 4
 #   sprites  sprites at the paper's 1,500,000 steps, likewise, with shuffled coordinates, then Figure 5
 #   tune     other tile sizes and ncu's counters, one constant at a time
+#   compiled the first layer's benchmark beside torch.compile, which takes its time to compile
+#   others   all other tests
 # Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
 # runs and measures the rest anew.
 set -uo pipefail
@@ -14,7 +16,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune)
+[ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune compiled others)
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python # the README's
 python=${PYTHON:-$python}
@@ -38,16 +40,22 @@ train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done alread
     cp "runs/$name/metrics.jsonl" "$out/$name.jsonl"
 }
 
+lane="gpu or captured or cuda or graph" # in the names of tests
+kernel_tests=(tests/test_kernels_triton.py tests/test_kernels.py)
+
 tests() {
-    logged tests_kernels "$python" -m pytest -q tests/test_kernels_triton.py tests/test_kernels.py
-    local others=(--ignore tests/test_kernels_triton.py --ignore tests/test_kernels.py) lane="gpu or captured or cuda or graph"
-    logged tests_gpu "$python" -m pytest -q "${others[@]}" -k "$lane"
-    logged tests_others "$python" -m pytest -q "${others[@]}" -k "not ($lane)"
+    logged tests_kernels "$python" -m pytest -q "${kernel_tests[@]}"
+    logged tests_gpu "$python" -m pytest -q "${kernel_tests[@]/#/--ignore=}" -k "$lane"
 }
+
+others() { logged tests_others "$python" -m pytest -q "${kernel_tests[@]/#/--ignore=}" -k "not ($lane)"; }
 
 layer() {
     logged bench_graph "$python" -m kernels.bench --device cuda --graph --no-compile --out "$out"
     logged bench "$python" -m kernels.bench --device cuda --no-compile --out "$out"
+}
+
+compiled() {
     logged bench_compiled "$python" -m kernels.bench --device cuda --out "$out/compiled" \
         --shapes paper-256 paper-16 monet iodine slots paper-32 8x8
 }
@@ -78,7 +86,11 @@ short() {
         done
         wait
     done
-    logged eval_short "$python" eval.py runs/sprites-{fp32,tf32,bf16}-{0,1,2} runs/sprites-compiled runs/sprites-{vae,factorvae}-{broadcast,deconv}
+    for precision in fp32 tf32 bf16; do
+        logged eval_$precision "$python" eval.py runs/sprites-$precision-{0,1,2} &
+    done
+    logged eval_short "$python" eval.py runs/sprites-compiled runs/sprites-{vae,factorvae}-{broadcast,deconv}
+    wait
 }
 
 figure() { # NAME DATASET VARIANT ...: its runs side by side, where --reproduce looks for them; then the figure
@@ -118,7 +130,7 @@ tune() {
 
 for part in "${parts[@]}"; do
     case $part in
-    tests | layer | step | short | circles | sprites | tune) $part ;;
+    tests | layer | step | short | circles | sprites | tune | compiled | others) $part ;;
     *)
         echo "error: no part $part; see the top of kernels/gpu.sh" >&2
         exit 2

@@ -87,12 +87,14 @@ def make_step(sbvae, config, device, rung):
         if rung["compile"]:
             parts["loss_function"] = sbvae.compile_parts(config, data, model, parts.get("discriminator"))
         step = functools.partial(sbvae.training_step, config, data, generator, **parts)
-        for _ in range(4):
-            step()
-        if rung["graph"]:
-            step, how = sbvae.capture(step, generator)
-            if "none" in how:
-                raise RuntimeError(how)
+        with torch.cuda.stream(torch.cuda.Stream()) if rung["graph"] else contextlib.nullcontext():
+            torch.cuda.synchronize()
+            for _ in range(4):
+                step()
+            if rung["graph"]:
+                step, how = sbvae.capture(step, generator)
+                if "none" in how:
+                    raise RuntimeError(how)
     return step
 
 

@@ -198,6 +198,20 @@ def test_no_host_synchronisation():
         factors.sum().item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_draws_the_same_pixels(compiled):
+    """Every shape, scale and orientation at positions that differ from one to the next."""
+    factors = torch.cartesian_prod(*map(torch.arange, sbvae.SPRITE_SIZES[:3]))
+    n = torch.arange(len(factors))
+    factors = torch.cat([factors, torch.stack([n * 7 % 32, n * 13 % 31], 1)], 1)
+    data = sbvae.Sprites("cuda")
+    masks = torch.compile(data.masks, dynamic=False) if compiled else data.masks
+    drawn = masks(factors.cuda()).cpu()
+    assert torch.equal(drawn, sbvae.draw_sprites(factors))
+    assert not torch.equal(drawn, sbvae.draw_sprites(factors[:, [0, 1, 2, 4, 3]]))  # negative control
+
+
 def test_compiled_drawing_looks_its_outlines_up():
     """The compiler traces through caches: traced, the table would be made again in each step, on the host."""
     u, graphs = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)), []

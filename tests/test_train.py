@@ -319,6 +319,61 @@ def test_a_compiler_that_is_missing(tmp_path):
     assert re.fullmatch(r"error: --compile does not work here .*; drop it\n", done.stderr)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, tmp_path, monkeypatch, capsys):
+    """With stand-ins for CUDA: three steps, then the graph, all on a stream that waits for the usual one and is left at
+    the end. Where it cannot be captured the steps go on, with a generator that is not caught in it."""
+    streams, used = ["usual"], []
+
+    class Stream(str):
+        def wait_stream(self, other):
+            used.append(f"{self} waits for {other}")
+
+    class Graph:
+        def register_generator_state(self, generator):
+            used.append("registered")
+
+        def replay(self):
+            used.append("replayed on " + streams[-1])
+
+    @contextlib.contextmanager
+    def stream(name):
+        streams.append(name)
+        yield
+        streams.pop()
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        used.append(f"captured on {stream}")
+        yield
+        if fails:
+            raise RuntimeError("no\ngraph")
+
+    class Generator(torch.Generator):
+        def graphsafe_set_state(self, state):
+            used.append("generator restored")
+            self.set_state(state.get_state())
+
+    def training_step(*arguments, train=sbvae.training_step, **parts):
+        used.append("step on " + streams[-1])
+        return train(*arguments, **parts)
+
+    for name, fake in dict(CUDAGraph=Graph, graph=graph, Stream=lambda device: Stream("side"), stream=stream,
+                           current_stream=lambda device=None: streams[-1]).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(sbvae, "choose_device", lambda c: (torch.device("cpu"), "fp32", "as it is"))
+    monkeypatch.setattr(sbvae, "training_step", training_step)
+    config = Config(**TINY, steps=5, cuda_graph=True, out=str(tmp_path / "r"))
+    sbvae.train(config)
+    step, said = ["step on side"], capsys.readouterr().out
+    after = ["generator restored", *step * 2] if fails else ["replayed on side"] * 2
+    assert used == ["side waits for usual", *step * 3, "registered", "captured on side", *step, *after]
+    assert streams == ["usual"]
+    assert ("graph    none, kernels are launched one by one (no graph)" if fails else
+            "graph    a step is one CUDA graph") in said.splitlines()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("model", ["vae", "factorvae"])
 @pytest.mark.parametrize("compiled", [False, True])
