@@ -412,8 +412,9 @@ def evaluate_model(run, model, data, step, how, start):
             latent["factor"] = data.factor_names[f] if shares[k, f] >= 0.05 else None
         if found := geometry(model, data, order[:2]):
             scores["r2"], scores["r2_held_out"] = found["r2"], found["r2_held_out"]
+    versions = sbvae.versions(next(model.parameters()).device)
     metrics = dict(
-        run=str(run), config=dataclasses.asdict(model.config), versions=sbvae.versions(), step=step, **loss, **scores,
+        run=str(run), config=dataclasses.asdict(model.config), versions=versions, step=step, **loss, **scores,
         latents=latents, estimator=how, seconds=round(time.perf_counter() - start, 1),
         factors=None if data.draw is None else dict(zip(data.factor_names, map(int, data.factor_sizes))))
     draw_run(run, model, data, metrics)  # first: a run that has metrics has its pictures
