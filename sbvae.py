@@ -24,6 +24,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gc
 import json
 import math
 import os
@@ -921,6 +922,7 @@ def capture(one_step, generator):
     state, sums and the generator's offset live on the device, and each replay moves them on. The stream of now must
     not be the default one, and have seen a few steps."""
     before = generator.clone_state()
+    gc.collect()  # an autograd graph that lies about would lead the next one to the stream that it has seen
     try:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)  # else replays would draw the same numbers again
@@ -928,7 +930,7 @@ def capture(one_step, generator):
             one_step()
     except RuntimeError as e:
         generator.graphsafe_set_state(before)  # else it may believe that the capture goes on
-        return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:120]})"
+        return one_step, f"none, kernels are launched one by one ({' '.join(str(e).split())[:300]})"
 
     def replay(keep=one_step):  # the graph knows where the weights were, but does not keep them
         graph.replay()
@@ -1056,13 +1058,18 @@ def train(config: Config) -> dict:
             signal.signal(number, stop)
         if config.cuda_graph:  # A graph needs another stream than the default one, and the steps before it are to be on
             side = torch.cuda.Stream(device)  # the same, as autograd and cuBLAS go back to what they have seen.
-            side.wait_stream(torch.cuda.current_stream(device))
+            usual = torch.cuda.current_stream(device)
+            side.wait_stream(usual)
+            stream.callback(usual.wait_stream, side)
             stream.enter_context(torch.cuda.stream(side))
         leaving = False
         while step < config.steps and not leaving:
             if config.cuda_graph and step == first + 3:  # libraries and memory are warm now
                 advance, how = capture(one_step, generator)
                 say(f"graph    {how}")
+            if step == first + 4 and device.type == "cuda":  # what is compiled and captured once does not count
+                torch.cuda.synchronize(device)
+                begun, begun_at = time.perf_counter(), step
             advance()
             step += 1
 
@@ -1070,9 +1077,9 @@ def train(config: Config) -> dict:
                 bar.update()
             if step == first + 20:
                 sums.sum().item()  # waits for the device
-                seconds = time.perf_counter() - begun
-                left = (config.steps - step) * seconds / 20
-                say(f"speed    {20 / seconds:.3g} steps/s; {clock(left)} to go, until "
+                rate = (step - begun_at) / (time.perf_counter() - begun)
+                left = (config.steps - step) / rate
+                say(f"speed    {rate:.3g} steps/s; {clock(left)} to go, until "
                     + time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left)))
             ending = step == config.steps
             to_log, to_save = ending or step % config.log_every == 0, ending or step % config.save_every == 0

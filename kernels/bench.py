@@ -19,6 +19,7 @@ Results go to results/kernel_<device>.csv and .md.
 
 import argparse
 import csv
+import functools
 import io
 import math
 import os
@@ -322,7 +323,7 @@ def main(arguments=None):
 
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        write(out / f"step_{slug}.md", step.main(args, header))
+        step.main(args, header, functools.partial(write, out / f"step_{slug}.md"))
         print(f"wrote {out}/step_{slug}.md")
         return 0
     columns = "| " + " | ".join(FIELDS) + " |\n|" + "---|" * len(FIELDS)

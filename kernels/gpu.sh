@@ -10,7 +10,7 @@
 #   compiled the first layer's benchmark beside torch.compile, which takes its time to compile
 #   others   all other tests
 # Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
-# runs and measures the rest anew.
+# runs and measures the rest anew. The exit code is 1 when something failed; FOLDER/failed.txt says what.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
@@ -21,13 +21,13 @@ python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python # the README's
 python=${PYTHON:-$python}
 mkdir -p "$out"
+rm -f "$out/failed.txt"
 nvidia-smi >"$out/device.txt" 2>&1
-status=0
 
 logged() { # NAME COMMAND ...: shown and kept
     local log="$out/$1.txt"
     shift
-    "$@" 2>&1 | tee "$log" || status=1
+    "$@" 2>&1 | tee "$log" || echo "$*" >>"$out/failed.txt"
 }
 
 train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done already
@@ -35,8 +35,8 @@ train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done alread
     shift
     how+=("$@")
     [ -e "runs/$name/checkpoint.pt" ] && how=(--resume "runs/$name")
-    "$python" sbvae.py "${how[@]}" >>"$out/train_$name.txt" 2>&1
-    echo "$name, exit code $?: $(grep step "$out/train_$name.txt" | tail -n 1)"
+    "$python" sbvae.py "${how[@]}" >>"$out/train_$name.txt" 2>&1 || echo "sbvae.py ${how[*]}" >>"$out/failed.txt"
+    echo "$name: $(grep '^step ' "$out/train_$name.txt" | tail -n 1)"
     cp "runs/$name/metrics.jsonl" "$out/$name.jsonl"
 }
 
@@ -44,8 +44,9 @@ lane="gpu or captured or cuda or graph" # in the names of tests
 kernel_tests=(tests/test_kernels_triton.py tests/test_kernels.py)
 
 tests() {
-    logged tests_kernels "$python" -m pytest -q "${kernel_tests[@]}"
-    logged tests_gpu "$python" -m pytest -q "${kernel_tests[@]/#/--ignore=}" -k "$lane"
+    mapfile -t files < <(grep -l 'not torch.cuda.is_available' tests/test_*.py)
+    logged tests_gpu "$python" -m pytest -v -k "$lane" "${files[@]}"
+    logged tests_kernels "$python" -m pytest -v "${kernel_tests[@]}"
 }
 
 others() { logged tests_others "$python" -m pytest -q "${kernel_tests[@]/#/--ignore=}" -k "not ($lane)"; }
@@ -57,7 +58,7 @@ layer() {
 
 compiled() {
     logged bench_compiled "$python" -m kernels.bench --device cuda --out "$out/compiled" \
-        --shapes paper-256 paper-16 monet iodine slots paper-32 8x8
+        --shapes paper-16 paper-256 monet slots --layouts channels_last
 }
 
 # Predicted before any measurement, for the broadcast VAE on sprites on an H200, in steps a second: it is bound by its
@@ -118,14 +119,15 @@ tune() {
     for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
         _MAX_IMAGES=64 _BACKWARD_TILE=1024 _BACKWARD_TILE=4096 _PIXELS=32 _PIXELS=128 _CHANNELS=32; do
         "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
-            --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|WRONG|;' | sed "s/^/$setting /"
+            --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|WRONG|Error|;' | sed "s/^/$setting /"
     done | tee "$out/tune.txt"
-    command -v ncu >/dev/null && "ncu" --clock-control none \
-        --kernel-name 'regex:_(prepare|forward|backward|backward_last|finish)_kernel' \
-        --launch-skip 20 --launch-count 16 --section SpeedOfLight --section Occupancy \
-        --section MemoryWorkloadAnalysis \
-        "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.01 \
-        --out "$out/tune" >"$out/ncu.txt" 2>&1 || echo "no counters: see $out/ncu.txt"
+    command -v ncu >/dev/null || return 0
+    for setting in forward 'backward|backward_last|finish'; do
+        ncu --clock-control none --kernel-name "regex:_($setting)_kernel" --launch-skip 2 --launch-count 8 \
+            --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis \
+            "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.01 \
+            --out "$out/tune"
+    done >"$out/ncu.txt" 2>&1
 }
 
 for part in "${parts[@]}"; do
@@ -137,4 +139,4 @@ for part in "${parts[@]}"; do
         ;;
     esac
 done
-exit $status
+[ ! -e "$out/failed.txt" ]

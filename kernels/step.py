@@ -87,8 +87,10 @@ def make_step(sbvae, config, device, rung):
         if rung["compile"]:
             parts["loss_function"] = sbvae.compile_parts(config, data, model, parts.get("discriminator"))
         step = functools.partial(sbvae.training_step, config, data, generator, **parts)
-        with torch.cuda.stream(torch.cuda.Stream()) if rung["graph"] else contextlib.nullcontext():
-            torch.cuda.synchronize()
+        with contextlib.ExitStack() as stream:
+            if rung["graph"]:  # as in sbvae.train
+                torch.cuda.synchronize()
+                stream.enter_context(torch.cuda.stream(torch.cuda.Stream()))
             for _ in range(4):
                 step()
             if rung["graph"]:
@@ -252,8 +254,8 @@ def streams(sbvae, config, rung, counts, seconds):
     return rows
 
 
-def main(args, header):
-    """Called by kernels.bench, with its arguments -> the markdown that it writes."""
+def main(args, header, save):
+    """Called by kernels.bench, with its arguments: `save(markdown)` as far as it is, after each line."""
     import sbvae
 
     lines = [header, ""]
@@ -261,6 +263,7 @@ def main(args, header):
     def say(*text):
         lines.extend(text)
         print(*text, sep="\n", flush=True)
+        save("\n".join(lines) + "\n")
 
     for name, changes in MODELS.items():
         config = sbvae.resolve(sbvae.Config(**changes, device=args.device, image_shape=[3, 64, 64]))
@@ -303,4 +306,3 @@ def main(args, header):
         say("", "## Replicas, each on its own stream in one process", "", "| at once | steps/s in all |", "|---|---|")
         for n, together in streams(sbvae, config, rung, args.replicas, args.seconds * 10):
             say(f"| {n} | {together:.4g} |")
-    return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ def test_in_the_interpreter():
 
 
 @runs
-@pytest.mark.parametrize("seed", range(400 if SLOW or GPU else 8))
+@pytest.mark.parametrize("seed", range(400 if SLOW else 60 if GPU else 8))
 def test_random_shapes(seed, poison):
     sizes, options = random_case(random.Random(seed))
     if has_output(sizes, options["padding"]):
@@ -160,7 +160,8 @@ def test_strided_and_expanded(poison):
 
 
 @runs
-def test_runs_agree_to_the_bit():
+def test_runs_agree_to_the_bit(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the gradient of coords is cuDNN's
     sizes = dict(batch=4, latents=3, maps=2, channels=5, height=9, width=9, kernel=(4, 4))
     arguments = tensors(sizes, 0, torch.float32, DEVICE)
     first, second = (with_gradients(arguments, backend="triton", activation="relu") for _ in "ab")
@@ -371,9 +372,10 @@ def test_in_a_cuda_graph():
         layer.zero_grad(set_to_none=True)
         out = layer(z)
         out.square().sum().backward()
-        return out, layer.weight.grad
+        return out.detach(), layer.weight.grad
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo  # keeps what torch.cuda has when it is loaded: not the stand-ins of a test
 
 import sbvae
 from kernels import step

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # keeps what torch.cuda has when it is loaded: not the stand-ins of a test
 
 import sbvae
 from sbvae import Config
@@ -319,15 +320,34 @@ def test_a_compiler_that_is_missing(tmp_path):
     assert re.fullmatch(r"error: --compile does not work here .*; drop it\n", done.stderr)
 
 
+def test_speed_is_steps_over_time(tmp_path, monkeypatch, capsys):
+    """However often it logs: by a clock on which a step takes half a second and nothing else takes time."""
+    now = [0.0]
+
+    def training_step(*arguments, train=sbvae.training_step, **parts):
+        now[0] += 0.5
+        return train(*arguments, **parts)
+
+    monkeypatch.setattr(sbvae, "training_step", training_step)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for log_every in (8, 100):
+        config = Config(**TINY, steps=140, log_every=log_every, out=str(tmp_path / str(log_every)))
+        sbvae.train(config)
+        assert "speed    2 steps/s; 1.0 min to go, until " in capsys.readouterr().out
+        lines = map(json.loads, Path(config.out, "metrics.jsonl").read_text().splitlines())
+        assert {line["images_per_s"] for line in lines} == {2.0 * TINY["batch_size"]}
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, tmp_path, monkeypatch, capsys):
-    """With stand-ins for CUDA: three steps, then the graph, all on a stream that waits for the usual one and is left at
-    the end. Where it cannot be captured the steps go on, with a generator that is not caught in it."""
-    streams, used = ["usual"], []
+    """With stand-ins for CUDA: three steps, then the graph, all on a stream that waits for the usual one, and at the
+    end the usual one for it. Where it cannot be captured the steps go on, with a generator that is not caught in it."""
 
     class Stream(str):
         def wait_stream(self, other):
             used.append(f"{self} waits for {other}")
+
+    streams, used = [Stream("usual")], []
 
     class Graph:
         def register_generator_state(self, generator):
@@ -368,7 +388,8 @@ def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, tmp_path, 
     sbvae.train(config)
     step, said = ["step on side"], capsys.readouterr().out
     after = ["generator restored", *step * 2] if fails else ["replayed on side"] * 2
-    assert used == ["side waits for usual", *step * 3, "registered", "captured on side", *step, *after]
+    assert used == ["side waits for usual", *step * 3, "registered", "captured on side", *step, *after,
+                    "usual waits for side"]
     assert streams == ["usual"]
     assert ("graph    none, kernels are launched one by one (no graph)" if fails else
             "graph    a step is one CUDA graph") in said.splitlines()
@@ -387,7 +408,8 @@ def test_a_captured_step_does_what_an_eager_one_does(compiled, model, tmp_path, 
                         out=str(tmp_path / str(graph)))
         sbvae.train(config)
         sbvae.train(Config(resume=config.out, steps=2 * steps))
-        assert capsys.readouterr().out.count("a step is one CUDA graph") == 2 * graph
+        said = capsys.readouterr().out
+        assert said.count("a step is one CUDA graph") == 2 * graph, said
         records.append(history(Path(config.out)))
     for eager, captured in zip(*records, strict=True):
         assert captured == pytest.approx(eager, rel=1e-2, abs=1e-3 if compiled else 0)
