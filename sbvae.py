@@ -1119,12 +1119,12 @@ def train(config: Config) -> dict:
             if to_save or leaving:
                 save()
     finally:
-        stream.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if bar:
             bar.close()
         log.close()
+        stream.close()
     if step < config.steps:
         print(f"stopped at step {step:,}; carry on with: python sbvae.py --resume {run}")
     else:
