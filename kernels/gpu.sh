@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER [PART ...]], from anywhere.
-#   tests    the tests that need a GPU
+#   tests    the tests that need a GPU, but for those of kernels/
+#   kernels  those, hundreds of shapes, each of which is compiled
 #   layer    the first layer's benchmark: correct first, then every shape, launched and as CUDA graphs
 #   step     whole training steps, rung by rung, and several models at once
 #   short    20,000 steps on sprites: precision over 3 seeds, both decoders, FactorVAE; memory and use of the GPU
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests layer step short circles tune compiled others)
+[ ${#parts[@]} -gt 0 ] || parts=(tests kernels layer step short circles tune compiled others)
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python # the README's
 python=${PYTHON:-$python}
@@ -46,8 +47,9 @@ kernel_tests=(tests/test_kernels_triton.py tests/test_kernels.py)
 tests() {
     mapfile -t files < <(grep -l 'not torch.cuda.is_available' tests/test_*.py)
     logged tests_gpu "$python" -m pytest -v --continue-on-collection-errors -k "$lane" "${files[@]}"
-    logged tests_kernels "$python" -m pytest -v "${kernel_tests[@]}"
 }
+
+kernels() { logged tests_kernels "$python" -m pytest -v "${kernel_tests[@]}"; }
 
 others() { logged tests_others "$python" -m pytest -q --continue-on-collection-errors "${kernel_tests[@]/#/--ignore=}" -k "not ($lane)"; }
 
@@ -132,7 +134,7 @@ tune() {
 
 for part in "${parts[@]}"; do
     case $part in
-    tests | layer | step | short | circles | sprites | tune | compiled | others) $part ;;
+    tests | kernels | layer | step | short | circles | sprites | tune | compiled | others) $part ;;
     *)
         echo "error: no part $part; see the top of kernels/gpu.sh" >&2
         exit 2

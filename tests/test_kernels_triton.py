@@ -81,7 +81,7 @@ def test_in_the_interpreter():
 
 
 @runs
-@pytest.mark.parametrize("seed", range(400 if SLOW else 60 if GPU else 8))
+@pytest.mark.parametrize("seed", range(400 if SLOW or GPU else 8))
 def test_random_shapes(seed, poison):
     sizes, options = random_case(random.Random(seed))
     if has_output(sizes, options["padding"]):
