@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # keeps what torch.cuda has when it is loaded: not the stand-ins of a test
 
 import sbvae
 from sbvae import Config
@@ -339,58 +338,31 @@ def test_speed_is_steps_over_time(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, tmp_path, monkeypatch, capsys):
-    """With stand-ins for CUDA: three steps, then the graph, all on a stream that waits for the usual one, and at the
-    end the usual one for it. Where it cannot be captured the steps go on, with a generator that is not caught in it."""
-
-    class Stream(str):
-        def wait_stream(self, other):
-            used.append(f"{self} waits for {other}")
-
-    streams, used = [Stream("usual")], []
-
-    class Graph:
-        def register_generator_state(self, generator):
-            used.append("registered")
-
-        def replay(self):
-            used.append("replayed on " + streams[-1])
+def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, fake_cuda, tmp_path, monkeypatch, capsys):
+    """Three steps, then the graph, all on a stream that waits for the usual one, and at the end the usual one for it.
+    Where it cannot be captured the steps go on, with a generator that is not caught in it."""
 
     @contextlib.contextmanager
-    def stream(name):
-        streams.append(name)
-        yield
-        streams.pop()
-
-    @contextlib.contextmanager
-    def graph(graph, stream):
-        used.append(f"captured on {stream}")
-        yield
-        if fails:
-            raise RuntimeError("no\ngraph")
+    def broken(graph, stream, capture=torch.cuda.graph):
+        with capture(graph, stream):
+            yield
+        raise RuntimeError("no\ngraph")
 
     class Generator(torch.Generator):
         def graphsafe_set_state(self, state):
-            used.append("generator restored")
+            fake_cuda.append("generator restored")
             self.set_state(state.get_state())
 
-    def training_step(*arguments, train=sbvae.training_step, **parts):
-        used.append("step on " + streams[-1])
-        return train(*arguments, **parts)
-
-    for name, fake in dict(CUDAGraph=Graph, graph=graph, Stream=lambda device: Stream("side"), stream=stream,
-                           current_stream=lambda device=None: streams[-1]).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    if fails:
+        monkeypatch.setattr(torch.cuda, "graph", broken)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(sbvae, "choose_device", lambda c: (torch.device("cpu"), "fp32", "as it is"))
-    monkeypatch.setattr(sbvae, "training_step", training_step)
-    config = Config(**TINY, steps=5, cuda_graph=True, out=str(tmp_path / "r"))
-    sbvae.train(config)
+    sbvae.train(Config(**TINY, steps=5, cuda_graph=True, out=str(tmp_path / "r")))
     step, said = ["step on side"], capsys.readouterr().out
     after = ["generator restored", *step * 2] if fails else ["replayed on side"] * 2
-    assert used == ["side waits for usual", *step * 3, "registered", "captured on side", *step, *after,
-                    "usual waits for side"]
-    assert streams == ["usual"]
+    assert fake_cuda == ["side waits for usual", *step * 3, "registered", "captured on side", *step, *after,
+                         "usual waits for side"]
+    assert torch.cuda.current_stream() == "usual"
     assert ("graph    none, kernels are launched one by one (no graph)" if fails else
             "graph    a step is one CUDA graph") in said.splitlines()
 
