@@ -243,16 +243,21 @@ def draw_sprites(factors: torch.Tensor, edges: torch.Tensor | None = None) -> to
     factors (N, 5) int: classes of shape, scale, orientation, x, y -> (N, 64, 64) bool, on their device and
     without host synchronisation. edges: `sprite_edges`, where they are at hand. Raises ValueError for a wrong
     shape or dtype and, on a CPU, class.
+    """
+    if factors.ndim != 2 or factors.shape[1] != 5:
+        raise ValueError(f"factors must have shape (N, 5), not {tuple(factors.shape)}")
+    check_classes(factors, SPRITE_SIZES)
+    return words_to_pixels(sprite_words(factors, sprite_edges(factors.device) if edges is None else edges))
+
+
+def sprite_words(factors, edges):
+    """`draw_sprites` -> (N, 64) int64, the rows from top to bottom, each a word of 64 pixels.
 
     The outline's vertices are snapped to 1/256 pixel; a pixel is on when its centre lies inside. Walking
     round the outline, an edge that meets a scanline at column c adds 2**c going down and takes it away
     going up. What remains per row is 2**right - 2**left: as a 64-bit word, the pixels from left to right.
     """
-    if factors.ndim != 2 or factors.shape[1] != 5:
-        raise ValueError(f"factors must have shape (N, 5), not {tuple(factors.shape)}")
-    check_classes(factors, SPRITE_SIZES)
     shape, scale, orientation = factors[:, :3].long().unbind(1)
-    edges = sprite_edges(factors.device) if edges is None else edges
     edges = edges[shape, scale, orientation]  # (N, 150, 5)
     centre = 16 + 32 * factors[:, 3:].double() / 31
     x0, y0, x1, y1 = ((edges[..., :4] + centre.repeat(1, 2)[:, None]) * 256).round().unbind(-1)
@@ -268,8 +273,27 @@ def draw_sprites(factors: torch.Tensor, edges: torch.Tensor | None = None) -> to
     place = torch.where(met, row, 0).long() + 64 * torch.arange(len(factors), device=factors.device)[:, None]
     words = torch.zeros(64 * len(factors), dtype=torch.int64, device=factors.device)
     words.scatter_add_(0, place.flatten(), ends.flatten())
-    bits = torch.arange(8, dtype=torch.uint8, device=factors.device)
-    return ((words.view(torch.uint8)[:, None] >> bits) & 1).view(-1, 64, 64).bool()  # little-endian
+    return words.view(-1, 64)
+
+
+def words_to_pixels(words):
+    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((words.view(torch.uint8)[..., None] >> bits) & 1).view(-1, 64, 64).bool()  # little-endian
+
+
+@functools.cache
+def sprite_table(device: torch.device) -> torch.Tensor:
+    """`sprite_words` of all 737,280 sprites: (3, 6, 40, 32, 32, 64) int64, 377 MB."""
+    factors = torch.cartesian_prod(*(torch.arange(n, device=device) for n in SPRITE_SIZES))
+    table = torch.empty(len(factors), 64, dtype=torch.int64, device=device)
+    for some, rows in zip(factors.split(1024), table.split(1024)):
+        rows.copy_(sprite_words(some, sprite_edges(device)))
+    return table.view(*SPRITE_SIZES, 64)
+
+
+def look_up_sprites(factors, table):
+    """`draw_sprites` from `sprite_table`: 5 kernels in place of 50, and in a short step each counts."""
+    return words_to_pixels(table[factors.long().unbind(1)])
 
 
 def check_classes(factors, sizes):
@@ -302,8 +326,11 @@ class Sprites:
         self.sizes = torch.tensor(SPRITE_SIZES, device=device)
         self.low, self.range = torch.tensor([[0.0, 0.3, 0.3], [1.0, 0.4, 0.4]], device=device)
         self.device = self.sizes.device
-        # The edges now: copies from the host cannot be captured in a CUDA graph, nor compiled.
-        self.masks = masks or functools.partial(draw_sprites, edges=sprite_edges(self.device))
+        # The tables now: copies from the host cannot be captured in a CUDA graph, nor compiled.
+        if self.device.type == "cuda":
+            self.masks = masks or functools.partial(look_up_sprites, table=sprite_table(self.device))
+        else:
+            self.masks = masks or functools.partial(draw_sprites, edges=sprite_edges(self.device))
 
     def paint(self, factors, color):  # (N, 5) int, (N, 3) in [0, 1] -> (N, 3, 64, 64) in [0, 1]
         rgb = hsv_to_rgb(self.low + self.range * color)

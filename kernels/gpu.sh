@@ -64,9 +64,9 @@ compiled() {
 }
 
 # Predicted before any measurement, for the broadcast VAE on sprites on an H200, in steps a second: it is bound by its
-# many small operations, about 190 a step, 70 of them to draw the batch (counted on the meta device). Launched one by one
-# 200 to 450, whatever the precision and layout; as a graph, at 2 us each and with 0.15 ms of convolutions in bf16, 1,500
-# to 2,500; compiled, with half as many, 2,500 to 4,000; the goal is 3,000.
+# many small operations, about 140 a step, 20 of them for the batch (counted on the meta device). Launched one by one
+# 250 to 600, whatever the precision and layout; as a graph, at 2 us each and with 0.15 ms of convolutions in bf16, 1,800
+# to 2,800; compiled, with half as many, 2,500 to 4,000; the goal is 3,000.
 step() {
     logged step "$python" -m kernels.bench --step --replicas 1 2 4 8 --out "$out"
 }
