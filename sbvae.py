@@ -14,6 +14,8 @@ faster, `gen_circles.py` and `datasets.py` bring the other data sets.
 
 B batch, C image channels, H height, W width, K latents, N images, F factors. Letters, sections and tables
 in brackets are the paper's; "(ours 3)" marks a choice that it leaves open, by its number in the README.
+
+MIT License, Copyright (c) 2026 The sbvae authors.
 """
 
 from __future__ import annotations

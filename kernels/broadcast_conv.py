@@ -58,15 +58,20 @@ layers of less than 16 million multiply-adds (52 million in bfloat16), where tha
 Measured on one core of a Zen 4 CPU (AVX512-BF16, no AMX), forward + backward of the paper's layer,
 torch is 9 times as fast as the reference in float32 and 4 times in bfloat16. Not measured: CPUs
 with AMX, whose plain bfloat16 convolution is faster. Under torch.compile on a CPU the torch form is
-handed to the compiler as plain sums, which come out slower than the eager form.
+handed to the compiler as plain sums, which come out slower than the eager form. Plain sums are
+taken for torch.func's transforms and torch.jit.trace, too, which must see every step.
 
 The Triton kernels sum in float32, never TensorFloat-32 (S = z @ taps and its gradients are PyTorch
 matrix products and follow its setting), and round once, on writing. Under autocast the output has
 autocast's dtype while P and S stay in float32: closer to the float32 result than rounding the
 weights. No atomics: same input, same bits.
+
+MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
 
 import contextlib
+import numbers
+import re
 from typing import List, NamedTuple, Optional, Tuple  # noqa: UP035 - the operator schema wants them
 
 import torch
@@ -79,7 +84,7 @@ try:
 except ImportError:  # the other two implementations don't need it
     triton = None
 
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_FORMATS = ("contiguous", "channels_last")
 _ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "elu": F.elu}
 _BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -90,7 +95,7 @@ _BACKENDS = ("auto", "reference", "torch", "triton")
 def _reference(z, coords, weight, bias, pads, activation):
     """Tile, concatenate, pad, convolve: Algorithm 1 and the first layer of Table 1, literally."""
     tiled = z[:, :, None, None].expand(-1, -1, *coords.shape[1:])  # (B, K, H, W)
-    image = torch.cat([tiled, coords.expand(len(z), -1, -1, -1)], 1)  # (B, K+M, H, W)
+    image = torch.cat([tiled, coords.expand(z.shape[0], -1, -1, -1)], 1)  # (B, K+M, H, W)
     return _ACTIVATIONS[activation](F.conv2d(F.pad(image, pads), weight, bias))
 
 
@@ -227,6 +232,13 @@ def _broadcast_add(P, S, before, repeats):
     return P + _spread(_spread(S, 3, before[1], repeats[1]), 2, before[0], repeats[0])
 
 
+def _laid_out(out, channels_last):
+    """NCHW or channels_last in memory; torch.func.vmap has no `contiguous(memory_format=...)`."""
+    if channels_last:
+        return out.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return out.contiguous()
+
+
 def _torch(z, coords, weight, bias, pads, activation, coords_first, channels_last, dtype):
     """The factorised layer in PyTorch."""
     (maps, height, width), latents = coords.shape, z.shape[1]
@@ -241,11 +253,19 @@ def _torch(z, coords, weight, bias, pads, activation, coords_first, channels_las
     P = _constant_map(coords, w_coords, bias, pads)
     repeats = max(height - weight.shape[2] + 1, 1), max(width - weight.shape[3] + 1, 1)
     before = min(pads[2], S.shape[2] - 1), min(pads[0], S.shape[3] - 1)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form into one pass itself
+    if torch.compiler.is_compiling() or _stepwise():  # a compiler fuses the plain form itself
         out = _ACTIVATIONS[activation](_broadcast_add(P, S, before, repeats)).to(dtype)
-        return out.contiguous(memory_format=memory_format)
+        return _laid_out(out, channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return _BroadcastAdd.apply(P, S, before, repeats, activation, dtype, memory_format)
+
+
+def _stepwise():
+    """Whether every step must be an operation that PyTorch knows: in torch.func's transforms (grad,
+    vmap, jvp) and torch.jit.trace."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 # --- triton: one write forward, one read backward -------------------------------------------------
@@ -609,7 +629,7 @@ def _weight_constants(g, coords_first):
 def _launching(z):
     """Context of the launches: z's GPU is the current one, and no autocast, which would round."""
     if not z.is_cuda and not _INTERPRETED:
-        raise ValueError(f"sbvae::broadcast_conv2d needs tensors on a GPU, got {z.device}")
+        raise ValueError(f"the Triton kernels need tensors on a GPU, got {z.device}")
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast(z.device.type, enabled=False))
     if z.is_cuda:
@@ -733,8 +753,11 @@ def _triton_backward(grad, z, coords, weight, bias, pads, activation, coords_fir
 
 # --- the operator ---------------------------------------------------------------------------------
 
+# Of this copy of the file: a second one in the same process must not take the name away.
+_NAMESPACE = "sbvae_" + re.sub(r"\W", "_", __name__)
 
-@torch.library.custom_op("sbvae::broadcast_conv2d", mutates_args=())
+
+@torch.library.custom_op(f"{_NAMESPACE}::broadcast_conv2d", mutates_args=())
 def _operator(
     z: Tensor,
     coords: Tensor,
@@ -761,7 +784,7 @@ def _(z, coords, weight, bias, pads, activation, coords_first, channels_last, dt
     return torch.empty(shape, dtype=dtype, device=z.device, memory_format=format)
 
 
-@torch.library.custom_op("sbvae::broadcast_conv2d_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::broadcast_conv2d_backward", mutates_args=())
 def _operator_backward(
     grad: Tensor,
     z: Tensor,
@@ -859,7 +882,8 @@ def broadcast_conv2d(
     Gradients flow to all four tensors. Raises ValueError for what does not fit, and with
     backend="triton" for what the kernels can't take; "auto" then takes "torch".
     """
-    _check(z, coords, weight, bias, activation, backend, out_format)
+    _check_options(activation, backend, out_format)
+    _check(z, coords, weight, bias)
     pads = _pads(padding, *weight.shape[2:])
     height, width = coords.shape[1:]
     kh, kw = weight.shape[2:]
@@ -875,7 +899,7 @@ def broadcast_conv2d(
             maps = coords.shape[0]
             weight = torch.cat([weight[:, maps:], weight[:, :maps]], 1)
         out = _reference(z, coords, weight, bias, pads, activation)
-        return out.contiguous(memory_format=_FORMATS[out_format])
+        return _laid_out(out, out_format == "channels_last")
     device, dtype = z.device.type, z.dtype
     autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
     if autocast:
@@ -905,6 +929,8 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
     """Why Triton can't take these arguments, or None."""
     if triton is None:
         return "needs Triton, which is not installed"
+    if _stepwise():
+        return "has no rules for torch.func and torch.jit.trace"
     if not z.is_cuda and not _INTERPRETED:
         return f"needs tensors on a GPU, got {z.device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -920,15 +946,27 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
     return None
 
 
-def _check(z, coords, weight, bias, activation, backend, out_format):
-    """Raise ValueError, in one line, for arguments that do not fit together."""
+def _check_options(activation, backend, out_format):
+    """Raise ValueError, in one line, for what there is not."""
+    if activation not in tuple(_ACTIVATIONS):
+        raise ValueError(f"activation must be None, 'relu' or 'elu', got {activation!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if out_format not in _FORMATS:
+        raise ValueError(f"out_format must be 'contiguous' or 'channels_last', got {out_format!r}")
+
+
+def _check(z, coords, weight, bias):
+    """Raise ValueError, in one line, for tensors that do not fit together."""
     given = [t for t in (z, coords, weight, bias) if t is not None]
     if not all(isinstance(t, torch.Tensor) for t in given):
         raise ValueError(f"expected tensors, got {[type(t).__name__ for t in given]}")
     if z.dim() != 2 or coords.dim() != 3 or weight.dim() != 4:
+        hint = "; z.flatten(1) makes (B,K) of (B,K,1,1), z.flatten(0, 1) of (B,slots,K)"
         raise ValueError(
             "expected z (B,K), coords (M,H,W) and weight (C,K+M,kh,kw), got "
             f"{tuple(z.shape)}, {tuple(coords.shape)} and {tuple(weight.shape)}"
+            + hint * (z.dim() > 2)
         )
     if weight.shape[1] != z.shape[1] + coords.shape[0] or 0 in (
         *coords.shape, z.shape[1], *weight.shape,
@@ -947,12 +985,6 @@ def _check(z, coords, weight, bias, activation, backend, out_format):
     if len({t.dtype for t in given}) > 1 and not torch.is_autocast_enabled(z.device.type):
         dtypes = ", ".join(str(t.dtype) for t in given)
         raise ValueError(f"z, coords, weight and bias must have one dtype, got {dtypes}")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'relu' or 'elu', got {activation!r}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if out_format not in _FORMATS:
-        raise ValueError(f"out_format must be 'contiguous' or 'channels_last', got {out_format!r}")
 
 
 def coordinates(height, width):
@@ -969,8 +1001,10 @@ class SpatialBroadcastConv2d(nn.Conv2d):
 
     Takes the place of those steps and of an `nn.Conv2d(latents + 2, out_channels, kernel_size)`,
     whose weight, bias, initialisation and state dict it has. Other `coords` (M,height,width) make
-    it latents + M; they move with the module but are not in the state dict. The other arguments are
-    those of `broadcast_conv2d`.
+    it latents + M; they move with the module but are not in the state dict, so that they must be
+    set anew after `to_empty`. The other arguments are those of `broadcast_conv2d`, which is the one
+    to call for a size that only the forward pass knows, and for coordinates that are learned.
+    Raises ValueError for arguments that do not fit together.
     """
 
     def __init__(
@@ -990,19 +1024,28 @@ class SpatialBroadcastConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
-        sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
-        for name, size in dict(
-            latents=latents, out_channels=out_channels, kernel_size=min(sides), height=height, width=width
-        ).items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        sides = (kernel_size,) * 2 if isinstance(kernel_size, numbers.Integral) else kernel_size
+        if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+            raise ValueError(f"kernel_size must be an int or a pair of them, got {kernel_size!r}")
+        sizes = dict(latents=latents, out_channels=out_channels, height=height, width=width)
+        for name, size in [*sizes.items(), *(("kernel_size", side) for side in sides)]:
+            if not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{name} must be an int and at least 1, got {size!r}")
+        _pads(padding, *sides)
+        _check_options(activation, backend, out_format)
         coords = coordinates(height, width) if coords is None else coords
-        if coords.dim() != 3 or tuple(coords.shape[1:]) != (height, width):
-            raise ValueError(f"coords must be (M, {height}, {width}), got {tuple(coords.shape)}")
+        if not isinstance(coords, Tensor) or tuple(coords.shape[1:]) != (height, width):
+            got = tuple(coords.shape) if isinstance(coords, Tensor) else type(coords).__name__
+            raise ValueError(f"coords must be a tensor (M, {height}, {width}), got {got}")
+        if coords.requires_grad:
+            raise ValueError(
+                "coords must not require a gradient: the layer does not own them; call "
+                "broadcast_conv2d with yours"
+            )
         super().__init__(
             latents + coords.shape[0],
             out_channels,
-            kernel_size,
+            tuple(sides),
             padding=padding,
             bias=bias,
             device=device,
@@ -1029,3 +1072,8 @@ class SpatialBroadcastConv2d(nn.Conv2d):
             self.coords_first,
             self.out_format,
         )
+
+    def extra_repr(self):
+        height, width = self.coords.shape[1:]
+        own = f"height={height}, width={width}, activation={self.activation!r}"
+        return f"{super().extra_repr()}, {own}" + ", coords_first=True" * self.coords_first

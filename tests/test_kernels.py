@@ -303,8 +303,62 @@ def test_module_takes_any_coordinates_and_moves_them():
         z, coords.double(), layer.weight, backend="reference", coords_first=True
     )
     torch.testing.assert_close(layer(z), wanted)
-    with pytest.raises(ValueError, match=r"coords must be \(M, 6, 7\)"):
+    with pytest.raises(ValueError, match=r"coords must be a tensor \(M, 6, 7\)"):
         SpatialBroadcastConv2d(3, 2, 5, 6, 7, coords=coords)
+
+
+class TheirDecoder(nn.Module):
+    """The conventions of published decoders, in the words of their code: tile, coordinates, convolution."""
+
+    def __init__(self, coords, first, add=False):
+        super().__init__()
+        self.coords, self.first, self.add = coords, first, add  # coords (M,H,W)
+        self.rest = nn.Conv2d(first.out_channels, 3, 1)
+
+    def forward(self, z):
+        tiled = z[:, :, None, None].repeat(1, 1, *self.coords.shape[1:])
+        coords = self.coords.repeat(len(z), 1, 1, 1)
+        image = tiled + coords if self.add else torch.cat([tiled, coords], 1)
+        return self.rest(F.relu(self.first(image)))
+
+
+def test_recipes_for_published_decoders():
+    """README's table: how each convention is written with this layer."""
+    torch.manual_seed(0)
+    f64 = dict(dtype=torch.float64)
+    height, width, z = 6, 9, torch.randn(4, 5, **f64)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height, **f64), torch.linspace(-1, 1, width, **f64), indexing="ij")
+
+    theirs = TheirDecoder(torch.stack([y, x]), nn.Conv2d(7, 8, 3, padding=1, **f64)).double()
+    wanted, conv = theirs(z), theirs.first
+    y_first = coordinates(height, width).flip(0)
+    ours = SpatialBroadcastConv2d(5, 8, 3, height, width, activation="relu", coords=y_first, **f64)
+    ours.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(theirs.rest(ours(z)), wanted)  # y before x
+    ours.coords = coordinates(height, width).double()
+    assert not torch.allclose(theirs.rest(ours(z)), wanted)  # negative control
+
+    theirs = TheirDecoder(torch.stack([x, y]), nn.Conv2d(7, 8, 3, **f64)).double()
+    sequence = nn.Sequential(
+        nn.Identity(), SpatialBroadcastConv2d(5, 8, 3, height, width, padding="valid", **f64), nn.ReLU(), theirs.rest
+    )
+    state = {"1.weight": theirs.first.weight, "1.bias": theirs.first.bias}
+    sequence.load_state_dict(state | {"3." + k: v for k, v in theirs.rest.state_dict().items()})
+    assert sequence(z).shape == (4, 3, height - 2, width - 2)
+    torch.testing.assert_close(sequence(z), theirs(z))  # a larger canvas, unpadded, in a Sequential
+
+    conv = nn.Conv2d(7, 8, (3, 5), padding=(1, 2), **f64)
+    theirs = TheirDecoder(torch.stack([x, y]), conv).double()
+    h = broadcast_conv2d(z, coordinates(height, width).to(z), conv.weight, conv.bias, conv.padding, "relu")
+    torch.testing.assert_close(theirs.rest(h), theirs(z))  # a size that forward finds out
+
+    conv, pos = nn.Conv2d(5, 8, 5, padding=2, **f64), torch.randn(5, height, width, requires_grad=True, **f64)
+    theirs = TheirDecoder(pos, conv, add=True).double()
+    both = torch.cat([conv.weight, conv.weight], 1)
+    h = broadcast_conv2d(z, pos, both, conv.bias, conv.padding, "relu", backend="torch")
+    results = [(out, *torch.autograd.grad(out.square().sum(), [pos, conv.weight, conv.bias]))
+               for out in (theirs.rest(h), theirs(z))]
+    torch.testing.assert_close(*results)  # a position embedding, added
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -324,6 +378,37 @@ def test_compiles_and_exports_in_one_graph(layout):
     program = torch.export.export(layer, (z.detach(),), dynamic_shapes=({0: batch},))
     other = torch.randn(8, 3)
     torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+def test_transforms_of_torch_func_and_traces(activation, layout):
+    """They see every step, where a custom gradient would have no rule: as with the plain convolution."""
+    sizes = dict(batch=3, latents=2, maps=2, channels=3, height=5, width=7, kernel=(4, 3))
+    z, coords, weight, bias = (t.detach() for t in tensors(sizes))
+    upstream = torch.randn(3, 3, 5, 7, dtype=torch.float64)
+    results = {}
+    for backend in ("torch", "reference"):
+        def out(z, weight, coords, backend=backend):
+            how = dict(activation=activation, out_format=layout, backend=backend)
+            return broadcast_conv2d(z, coords, weight, bias, **how)
+
+        def loss(z, weight, g):
+            return (out(z[None], weight, coords)[0] * g).sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))
+        traced = torch.jit.trace(out, (z, weight, coords))
+        results[backend] = [
+            *torch.func.grad(lambda *a: (out(*a) * upstream).sum(), argnums=(0, 1, 2))(z, weight, coords),
+            *per_sample(z, weight, upstream),
+            torch.func.vmap(out, in_dims=(0, None, None))(torch.stack([z, z + 1]), weight, coords),
+            torch.func.jvp(out, (z, weight, coords), (z.cos(), weight.cos(), coords.cos()))[1],
+            torch.func.jacrev(out)(z, weight, coords),
+            traced(z[:2] + 1, weight, coords),  # another batch size than traced
+        ]
+    torch.testing.assert_close(results["torch"], results["reference"])
+    assert results["torch"][3].shape == (3, 2) and results["torch"][3].abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -369,6 +454,39 @@ def test_bad_arguments_are_named_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         broadcast_conv2d(**{**arguments, **change})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(activation=nn.ELU()), "activation must be None"),
+        (dict(activation="ReLU"), "activation must be None"),
+        (dict(backend="cuda"), "backend must be"),
+        (dict(out_format="nhwc"), "out_format must be"),
+        (dict(padding=-1), "padding must be"),
+        (dict(padding=(1, 1, 1, 1)), "padding must be"),
+        (dict(kernel_size=(3, 3, 3)), "kernel_size must be an int or a pair"),
+        (dict(kernel_size=(3, 0)), "kernel_size must be an int and at least 1, got 0"),
+        (dict(height=6.0), "height must be an int"),
+        (dict(coords=torch.zeros(2, 5, 6).numpy()), r"coords must be a tensor \(M, 6, 5\), got ndarray"),
+        (dict(coords=torch.zeros(2, 5, 6)), r"coords must be a tensor \(M, 6, 5\), got \(2, 5, 6\)"),
+        (dict(coords=torch.zeros(1, 2, 6, 5)), r"got \(1, 2, 6, 5\)"),
+        (dict(coords=nn.Parameter(torch.zeros(2, 6, 5))), "must not require a gradient"),
+    ],
+)  # fmt: skip
+def test_the_module_refuses_when_it_is_made(change, message):
+    arguments = dict(latents=3, out_channels=4, kernel_size=3, height=6, width=5)
+    with pytest.raises(ValueError, match=message) as error:
+        SpatialBroadcastConv2d(**{**arguments, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_the_module_says_what_it_is():
+    layer = SpatialBroadcastConv2d(3, 4, [3, 5], 6, 9, activation="elu", coords_first=True)
+    assert repr(layer) == ("SpatialBroadcastConv2d(5, 4, kernel_size=(3, 5), stride=(1, 1), padding=same, height=6, "
+                           "width=9, activation='elu', coords_first=True)")
+    with pytest.raises(ValueError, match=r"got \(2, 3, 1, 1\), .*; z.flatten\(1\) makes"):
+        layer(torch.zeros(2, 3, 1, 1))
 
 
 def test_works_without_triton_and_takes_no_cuda_context():

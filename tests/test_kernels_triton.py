@@ -5,6 +5,7 @@ Triton's interpreter, by `test_in_the_interpreter`. With one they run on it, and
 Interpreter by hand: TRITON_INTERPRET=1 python -m pytest tests/test_kernels_triton.py
 """
 
+import importlib.util
 import os
 import random
 import re
@@ -218,7 +219,39 @@ def test_compiles_exports_and_autocasts(half):
     torch.testing.assert_close(*results)
     program = torch.export.export(layer, (z.detach(),))
     torch.testing.assert_close(program.module()(z), layer(z))
-    assert "sbvae.broadcast_conv2d" in str(program.graph)
+    assert "sbvae_kernels_broadcast_conv.broadcast_conv2d" in str(program.graph)
+
+
+@runs
+def test_two_copies_in_one_process(tmp_path, monkeypatch):
+    """People copy the file into several packages; the operator of one must not replace the other's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their-own").mkdir()
+    for name in ("copied.py", "their-own/copied.py"):
+        (tmp_path / name).write_text(Path(module.__file__).read_text())
+    import copied
+
+    spec = importlib.util.spec_from_file_location("their-own.copied", tmp_path / "their-own" / "copied.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    sizes = dict(batch=2, latents=3, maps=2, channels=2, height=5, width=6, kernel=(4, 4))
+    arguments = tensors(sizes, 0, torch.float32, DEVICE)
+    results = [(out := one.broadcast_conv2d(*arguments, backend="triton"),
+                *torch.autograd.grad(out.square().sum(), arguments)) for one in (module, copied, theirs)]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@runs
+def test_transforms_of_torch_func_take_the_torch_form():
+    layer = SpatialBroadcastConv2d(3, 4, 4, 5, 6, activation="relu", backend="triton").to(DEVICE)
+    z = torch.randn(2, 3, device=DEVICE)
+    with pytest.raises(ValueError, match="has no rules for torch.func"):
+        torch.func.vmap(layer)(z[None])
+    with pytest.raises(ValueError, match="has no rules for torch.func and torch.jit.trace"):
+        torch.jit.trace(layer, z)
+    out = layer(z)
+    layer.backend = "auto"
+    torch.testing.assert_close(torch.func.vmap(layer)(z[None])[0], out)
 
 
 @runs

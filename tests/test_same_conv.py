@@ -190,6 +190,21 @@ def test_no_second_derivative():
             grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("sizes", [(2, 64, 64, 40, 41, 4), (2, 64, 3, 40, 41, 4)])
+def test_transforms_of_torch_func_and_traces_take_the_plain_convolution(sizes):
+    """For which PyTorch has rules, as it has none for a custom gradient."""
+    (x, weight, bias), upstream = case(*sizes)
+    assert same_conv._path(x, weight, bias) != "conv2d"
+    arguments = x.detach(), weight.detach(), bias.detach()
+    grads = torch.func.grad(lambda *a: (same_conv2d(*a) * upstream).sum(), argnums=(0, 1, 2))(*arguments)
+    assert close([same_conv2d(*arguments), *grads], exact((x, weight, bias), upstream))
+    per_image = torch.func.vmap(lambda x: same_conv2d(x[None], *arguments[1:])[0])(arguments[0])
+    torch.testing.assert_close(per_image, same_conv2d(*arguments), rtol=1e-4, atol=1e-4)
+    traced = torch.jit.trace(same_conv2d, arguments)
+    torch.testing.assert_close(traced(*arguments), per_image)
+
+
 @pytest.mark.parametrize("sizes", [(3, 64, 64, 40, 40, 4), (3, 64, 3, 40, 40, 4)])
 def test_same_bits_again(sizes):
     tensors, upstream = case(*sizes)
