@@ -294,7 +294,7 @@ def sprite_table(device: torch.device) -> torch.Tensor:
 
 
 def look_up_sprites(factors, table):
-    """`draw_sprites` from `sprite_table`: 5 kernels in place of 50, and in a short step each counts."""
+    """`draw_sprites` of valid classes, from `sprite_table`: 5 kernels, not 53, and in a short step each counts."""
     return words_to_pixels(table[factors.long().unbind(1)])
 
 

@@ -59,7 +59,8 @@ Measured on one core of a Zen 4 CPU (AVX512-BF16, no AMX), forward + backward of
 torch is 9 times as fast as the reference in float32 and 4 times in bfloat16. Not measured: CPUs
 with AMX, whose plain bfloat16 convolution is faster. Under torch.compile on a CPU the torch form is
 handed to the compiler as plain sums, which come out slower than the eager form. Plain sums are
-taken for torch.func's transforms and torch.jit.trace, too, which must see every step.
+taken for torch.func's transforms, forward-mode derivatives and torch.jit.trace, too, which must see
+every step.
 
 The Triton kernels sum in float32, never TensorFloat-32 (S = z @ taps and its gradients are PyTorch
 matrix products and follow its setting), and round once, on writing. Under autocast the output has
@@ -262,10 +263,12 @@ def _torch(z, coords, weight, bias, pads, activation, coords_first, channels_las
 
 def _stepwise():
     """Whether every step must be an operation that PyTorch knows: in torch.func's transforms (grad,
-    vmap, jvp) and torch.jit.trace."""
+    vmap, jvp), compiled or not, in forward-mode derivatives and in torch.jit.trace."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     if torch.compiler.is_compiling():
         return False
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
 
 
 # --- triton: one write forward, one read backward -------------------------------------------------
@@ -753,8 +756,11 @@ def _triton_backward(grad, z, coords, weight, bias, pads, activation, coords_fir
 
 # --- the operator ---------------------------------------------------------------------------------
 
-# Of this copy of the file: a second one in the same process must not take the name away.
-_NAMESPACE = "sbvae_" + re.sub(r"\W", "_", __name__)
+# Each copy of the file in a process has its own, or the last one would take the operator from the
+# others. A program of `torch.export` with it loads where a module of the same name is imported.
+_NAMESPACE = "sbvae_" + re.sub(r"\W", "_", __name__, flags=re.ASCII)
+while hasattr(getattr(torch.ops, _NAMESPACE), "broadcast_conv2d"):
+    _NAMESPACE += "_"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::broadcast_conv2d", mutates_args=())
@@ -843,14 +849,17 @@ def _pads(padding, kh, kw):
         return (kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2
     if padding == "valid":
         return 0, 0, 0, 0
-    pair = (padding, padding) if isinstance(padding, int) else padding
+    pair = (padding, padding) if isinstance(padding, numbers.Integral) else padding
     valid = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not valid or not all(type(p) is int and 0 <= p < 2**15 for p in pair):
+    if not valid or not all(
+        isinstance(p, numbers.Integral) and not isinstance(p, bool) and 0 <= p < 2**15 for p in pair
+    ):
         raise ValueError(
             "padding must be 'same', 'valid', an int from 0 to 32,767 or a pair of them, got "
             f"{padding!r}"
         )
-    return pair[1], pair[1], pair[0], pair[0]
+    rows, columns = map(int, pair)
+    return columns, columns, rows, rows
 
 
 def broadcast_conv2d(
@@ -885,13 +894,7 @@ def broadcast_conv2d(
     _check_options(activation, backend, out_format)
     _check(z, coords, weight, bias)
     pads = _pads(padding, *weight.shape[2:])
-    height, width = coords.shape[1:]
-    kh, kw = weight.shape[2:]
-    if height + pads[2] + pads[3] < kh or width + pads[0] + pads[1] < kw:
-        raise ValueError(
-            f"the {kh}x{kw} kernel is larger than the padded {height}x{width} image, "
-            "so there is no output"
-        )
+    _check_size(*coords.shape[1:], *weight.shape[2:], pads)
     if backend == "auto" and _small(z, coords, weight):
         backend = "reference"
     if backend == "reference":
@@ -901,7 +904,7 @@ def broadcast_conv2d(
         out = _reference(z, coords, weight, bias, pads, activation)
         return _laid_out(out, out_format == "channels_last")
     device, dtype = z.device.type, z.dtype
-    autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+    autocast = _autocasts(device) and dtype != torch.float64
     if autocast:
         dtype = torch.get_autocast_dtype(device)
     reason = None if backend == "torch" else _refusal(z, coords, weight, pads, dtype, out_format)
@@ -930,7 +933,7 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
     if triton is None:
         return "needs Triton, which is not installed"
     if _stepwise():
-        return "has no rules for torch.func and torch.jit.trace"
+        return "has no rules for torch.func, forward-mode derivatives and torch.jit.trace"
     if not z.is_cuda and not _INTERPRETED:
         return f"needs tensors on a GPU, got {z.device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -944,6 +947,18 @@ def _refusal(z, coords, weight, pads, dtype, out_format):
     if out_format == "contiguous" and g.rows * g.cols > 1 and wide:
         return f"takes contiguous output this padded only below a width of {g.out_width}"
     return None
+
+
+def _autocasts(device):
+    return device != "meta" and torch.is_autocast_enabled(device)  # which "meta" cannot be asked
+
+
+def _check_size(height, width, kh, kw, pads):
+    if height + pads[2] + pads[3] < kh or width + pads[0] + pads[1] < kw:
+        raise ValueError(
+            f"the {kh}x{kw} kernel is larger than the padded {height}x{width} image, "
+            "so there is no output"
+        )
 
 
 def _check_options(activation, backend, out_format):
@@ -982,7 +997,7 @@ def _check(z, coords, weight, bias):
         raise ValueError(f"z, coords, weight and bias must be on one device, got {devices}")
     if not all(t.is_floating_point() for t in given):
         raise ValueError(f"the tensors must be floating point, got {[t.dtype for t in given]}")
-    if len({t.dtype for t in given}) > 1 and not torch.is_autocast_enabled(z.device.type):
+    if len({t.dtype for t in given}) > 1 and not _autocasts(z.device.type):
         dtypes = ", ".join(str(t.dtype) for t in given)
         raise ValueError(f"z, coords, weight and bias must have one dtype, got {dtypes}")
 
@@ -1031,12 +1046,13 @@ class SpatialBroadcastConv2d(nn.Conv2d):
         for name, size in [*sizes.items(), *(("kernel_size", side) for side in sides)]:
             if not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{name} must be an int and at least 1, got {size!r}")
-        _pads(padding, *sides)
+        _check_size(height, width, *sides, _pads(padding, *sides))
         _check_options(activation, backend, out_format)
         coords = coordinates(height, width) if coords is None else coords
-        if not isinstance(coords, Tensor) or tuple(coords.shape[1:]) != (height, width):
+        fits = isinstance(coords, Tensor) and tuple(coords.shape[1:]) == (height, width)
+        if not fits or len(coords) == 0:
             got = tuple(coords.shape) if isinstance(coords, Tensor) else type(coords).__name__
-            raise ValueError(f"coords must be a tensor (M, {height}, {width}), got {got}")
+            raise ValueError(f"coords must be a tensor (M, {height}, {width}), M >= 1, got {got}")
         if coords.requires_grad:
             raise ValueError(
                 "coords must not require a gradient: the layer does not own them; call "

@@ -73,12 +73,13 @@ forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguou
     32 -> 3, 64x64      1.4 / 1.4 | 1.0 / 1.1
     64 -> 6, 64x64      1.1 / 0.9 | 0.9 / 1.0     (not taken)
 
-Only float32 on a CPU, not under autocast, torch.compile, torch.func's transforms or
-torch.jit.trace; all else is the padded F.conv2d. Where it does not pay: few channels, small images,
-CPUs with bf16 units (then use bfloat16), and two or more threads on a machine that others use, as
-each of the many short operations waits for the slowest thread (measured with 3 busy processes on 2
-cores: 0.7 times as fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). No second
-derivatives: asking for one is an error. Same input and number of threads, same bits.
+Only float32 on a CPU, not under autocast, torch.compile, torch.func's transforms, forward-mode
+derivatives or torch.jit.trace; all else is the padded F.conv2d. Where it does not pay: few
+channels, small images, CPUs with bf16 units (then use bfloat16), and two or more threads on a
+machine that others use, as each of the many short operations waits for the slowest thread (measured
+with 3 busy processes on 2 cores: 0.7 times as fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1
+times). No second derivatives: asking for one is an error. Same input and number of threads, same
+bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -286,8 +287,9 @@ def _path(x, weight, bias):
         any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()  # it would unroll the pieces
-        or torch.jit.is_tracing()  # this and the next must see every step
+        or torch.jit.is_tracing()  # these must see every step
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return "conv2d"
     (c_out, c_in, k, kw), (batch, _, height, width) = weight.shape, x.shape

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,55 +311,71 @@ def test_module_takes_any_coordinates_and_moves_them():
 class TheirDecoder(nn.Module):
     """The conventions of published decoders, in the words of their code: tile, coordinates, convolution."""
 
-    def __init__(self, coords, first, add=False):
+    def __init__(self, coords, first, add=False, coords_first=False):
         super().__init__()
-        self.coords, self.first, self.add = coords, first, add  # coords (M,H,W)
+        self.coords, self.first, self.add, self.coords_first = coords, first, add, coords_first
         self.rest = nn.Conv2d(first.out_channels, 3, 1)
 
     def forward(self, z):
         tiled = z[:, :, None, None].repeat(1, 1, *self.coords.shape[1:])
-        coords = self.coords.repeat(len(z), 1, 1, 1)
-        image = tiled + coords if self.add else torch.cat([tiled, coords], 1)
+        coords = self.coords.repeat(len(z), 1, 1, 1)  # of (M,H,W)
+        both = [coords, tiled] if self.coords_first else [tiled, coords]
+        image = tiled + coords if self.add else torch.cat(both, 1)
         return self.rest(F.relu(self.first(image)))
 
 
-def test_recipes_for_published_decoders():
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_recipes_for_published_decoders(backend):
     """README's table: how each convention is written with this layer."""
     torch.manual_seed(0)
-    f64 = dict(dtype=torch.float64)
-    height, width, z = 6, 9, torch.randn(4, 5, **f64)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height, **f64), torch.linspace(-1, 1, width, **f64), indexing="ij")
+    f64, how = dict(dtype=torch.float64), dict(backend=backend)
+    (height, width), z = (6, 9), torch.randn(4, 5, **f64)
+    y, x = torch.linspace(-1, 1, height, **f64)[:, None].expand(6, 9), torch.linspace(-1, 1, width, **f64).expand(6, 9)
+
+    def layer(theirs, **options):
+        options = dict(kernel_size=3, height=height, width=width, activation="relu") | options
+        ours = SpatialBroadcastConv2d(5, 8, **options, **how, **f64)
+        ours.load_state_dict(theirs.first.state_dict())
+        return ours
 
     theirs = TheirDecoder(torch.stack([y, x]), nn.Conv2d(7, 8, 3, padding=1, **f64)).double()
-    wanted, conv = theirs(z), theirs.first
-    y_first = coordinates(height, width).flip(0)
-    ours = SpatialBroadcastConv2d(5, 8, 3, height, width, activation="relu", coords=y_first, **f64)
-    ours.load_state_dict(conv.state_dict())
-    torch.testing.assert_close(theirs.rest(ours(z)), wanted)  # y before x
-    ours.coords = coordinates(height, width).double()
-    assert not torch.allclose(theirs.rest(ours(z)), wanted)  # negative control
+    ours = layer(theirs, coords=coordinates(height, width).flip(0))
+    torch.testing.assert_close(theirs.rest(ours(z)), theirs(z))  # y before x
+    wrong = layer(theirs)
+    assert not torch.allclose(theirs.rest(wrong(z)), theirs(z))  # negative control
+
+    four = torch.stack([x, y, -x, -y]) / 2 + 0.5
+    theirs = TheirDecoder(four, nn.Conv2d(9, 8, 3, padding=1, **f64)).double()
+    slots = torch.stack([z, z.flip(0)], 1)  # (B, slots, K)
+    flat = slots.flatten(0, 1)
+    torch.testing.assert_close(theirs.rest(layer(theirs, coords=four)(flat)), theirs(flat))
+
+    theirs = TheirDecoder(torch.stack([x, y]), nn.Conv2d(7, 8, 3, padding=1, **f64), coords_first=True).double()
+    torch.testing.assert_close(theirs.rest(layer(theirs, coords_first=True)(z)), theirs(z))
 
     theirs = TheirDecoder(torch.stack([x, y]), nn.Conv2d(7, 8, 3, **f64)).double()
-    sequence = nn.Sequential(
-        nn.Identity(), SpatialBroadcastConv2d(5, 8, 3, height, width, padding="valid", **f64), nn.ReLU(), theirs.rest
-    )
-    state = {"1.weight": theirs.first.weight, "1.bias": theirs.first.bias}
-    sequence.load_state_dict(state | {"3." + k: v for k, v in theirs.rest.state_dict().items()})
-    assert sequence(z).shape == (4, 3, height - 2, width - 2)
+    ours = layer(theirs, padding="valid", activation=None)
+    sequence = nn.Sequential(nn.Identity(), ours, nn.ReLU(), theirs.rest)
+    names = ["1.weight", "1.bias", "3.weight", "3.bias"]
+    assert list(sequence.state_dict()) == names and sequence(z).shape == (4, 3, height - 2, width - 2)
     torch.testing.assert_close(sequence(z), theirs(z))  # a larger canvas, unpadded, in a Sequential
 
     conv = nn.Conv2d(7, 8, (3, 5), padding=(1, 2), **f64)
     theirs = TheirDecoder(torch.stack([x, y]), conv).double()
-    h = broadcast_conv2d(z, coordinates(height, width).to(z), conv.weight, conv.bias, conv.padding, "relu")
-    torch.testing.assert_close(theirs.rest(h), theirs(z))  # a size that forward finds out
+    h = broadcast_conv2d(z, coordinates(height, width).to(z), conv.weight, conv.bias, conv.padding, "relu", **how)
+    torch.testing.assert_close(theirs.rest(h), theirs(z))  # a size that only forward knows
 
     conv, pos = nn.Conv2d(5, 8, 5, padding=2, **f64), torch.randn(5, height, width, requires_grad=True, **f64)
-    theirs = TheirDecoder(pos, conv, add=True).double()
-    both = torch.cat([conv.weight, conv.weight], 1)
-    h = broadcast_conv2d(z, pos, both, conv.bias, conv.padding, "relu", backend="torch")
-    results = [(out, *torch.autograd.grad(out.square().sum(), [pos, conv.weight, conv.bias]))
+    theirs, w = TheirDecoder(pos, conv, add=True).double(), conv.weight
+    h = broadcast_conv2d(z, pos, torch.cat([w, w], 1), conv.bias, conv.padding, "relu", **how)
+    results = [(out, *torch.autograd.grad(out.square().sum(), [pos, w, conv.bias]))
                for out in (theirs.rest(h), theirs(z))]
     torch.testing.assert_close(*results)  # a position embedding, added
+
+    conv = nn.ConvTranspose2d(7, 8, 5, padding=1, **f64)
+    theirs, w = TheirDecoder(torch.stack([x, y]), conv).double(), conv.weight
+    h = broadcast_conv2d(z, theirs.coords, w.transpose(0, 1).flip(2, 3), conv.bias, 5 - 1 - 1, "relu", **how)
+    torch.testing.assert_close(theirs.rest(h), theirs(z))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -381,6 +398,7 @@ def test_compiles_and_exports_in_one_graph(layout):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", [None, "relu", "elu"])
 def test_transforms_of_torch_func_and_traces(activation, layout):
@@ -388,6 +406,12 @@ def test_transforms_of_torch_func_and_traces(activation, layout):
     sizes = dict(batch=3, latents=2, maps=2, channels=3, height=5, width=7, kernel=(4, 3))
     z, coords, weight, bias = (t.detach() for t in tensors(sizes))
     upstream = torch.randn(3, 3, 5, 7, dtype=torch.float64)
+
+    def forward_mode(f, *arguments):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(a, a.cos()) for a in arguments]
+            return torch.autograd.forward_ad.unpack_dual(f(*duals)).tangent
+
     results = {}
     for backend in ("torch", "reference"):
         def out(z, weight, coords, backend=backend):
@@ -405,6 +429,8 @@ def test_transforms_of_torch_func_and_traces(activation, layout):
             torch.func.vmap(out, in_dims=(0, None, None))(torch.stack([z, z + 1]), weight, coords),
             torch.func.jvp(out, (z, weight, coords), (z.cos(), weight.cos(), coords.cos()))[1],
             torch.func.jacrev(out)(z, weight, coords),
+            torch.func.linearize(out, z, weight, coords)[1](z.cos(), weight.cos(), coords.cos()),
+            forward_mode(out, z, weight, coords),
             traced(z[:2] + 1, weight, coords),  # another batch size than traced
         ]
     torch.testing.assert_close(results["torch"], results["reference"])
@@ -468,8 +494,10 @@ def test_bad_arguments_are_named_in_one_line(change, message):
         (dict(kernel_size=(3, 3, 3)), "kernel_size must be an int or a pair"),
         (dict(kernel_size=(3, 0)), "kernel_size must be an int and at least 1, got 0"),
         (dict(height=6.0), "height must be an int"),
-        (dict(coords=torch.zeros(2, 5, 6).numpy()), r"coords must be a tensor \(M, 6, 5\), got ndarray"),
-        (dict(coords=torch.zeros(2, 5, 6)), r"coords must be a tensor \(M, 6, 5\), got \(2, 5, 6\)"),
+        (dict(kernel_size=9, padding="valid"), "9x9 kernel is larger than the padded 6x5 image"),
+        (dict(coords=torch.zeros(2, 5, 6).numpy()), r"coords must be a tensor \(M, 6, 5\), .* got ndarray"),
+        (dict(coords=torch.zeros(2, 5, 6)), r"coords must be a tensor \(M, 6, 5\), .* got \(2, 5, 6\)"),
+        (dict(coords=torch.zeros(0, 6, 5)), r"M >= 1, got \(0, 6, 5\)"),
         (dict(coords=torch.zeros(1, 2, 6, 5)), r"got \(1, 2, 6, 5\)"),
         (dict(coords=nn.Parameter(torch.zeros(2, 6, 5))), "must not require a gradient"),
     ],
@@ -479,6 +507,12 @@ def test_the_module_refuses_when_it_is_made(change, message):
     with pytest.raises(ValueError, match=message) as error:
         SpatialBroadcastConv2d(**{**arguments, **change})
     assert "\n" not in str(error.value)
+
+
+def test_numpy_integers_and_the_meta_device():
+    kernel, padding = np.array([3, 5]), np.array([1, 2])
+    layer = SpatialBroadcastConv2d(3, 4, list(kernel), 6, 9, padding=list(padding), device="meta")
+    assert layer(torch.zeros(2, 3, device="meta")).shape == (2, 4, 6, 9)
 
 
 def test_the_module_says_what_it_is():

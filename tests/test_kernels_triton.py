@@ -223,35 +223,50 @@ def test_compiles_exports_and_autocasts(half):
 
 
 @runs
-def test_two_copies_in_one_process(tmp_path, monkeypatch):
-    """People copy the file into several packages; the operator of one must not replace the other's."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "their-own").mkdir()
-    for name in ("copied.py", "their-own/copied.py"):
-        (tmp_path / name).write_text(Path(module.__file__).read_text())
-    import copied
-
-    spec = importlib.util.spec_from_file_location("their-own.copied", tmp_path / "their-own" / "copied.py")
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+def test_copies_in_one_process(tmp_path):
+    """People copy the file into several packages; the operator of one must not replace the others'."""
+    (tmp_path / "their-größe").mkdir()
+    copies = [module]
+    for name, path in {"copied": "copied.py", "their-größe.copied": "their-größe/copied.py", "": "copied.py"}.items():
+        (tmp_path / path).write_text(Path(module.__file__).read_text())
+        spec = importlib.util.spec_from_file_location(name or "copied", tmp_path / path)  # the last one's name is taken
+        copies.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(copies[-1])
     sizes = dict(batch=2, latents=3, maps=2, channels=2, height=5, width=6, kernel=(4, 4))
     arguments = tensors(sizes, 0, torch.float32, DEVICE)
     results = [(out := one.broadcast_conv2d(*arguments, backend="triton"),
-                *torch.autograd.grad(out.square().sum(), arguments)) for one in (module, copied, theirs)]
+                *torch.autograd.grad(out.square().sum(), arguments)) for one in copies]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @runs
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_transforms_of_torch_func_take_the_torch_form():
-    layer = SpatialBroadcastConv2d(3, 4, 4, 5, 6, activation="relu", backend="triton").to(DEVICE)
-    z = torch.randn(2, 3, device=DEVICE)
-    with pytest.raises(ValueError, match="has no rules for torch.func"):
-        torch.func.vmap(layer)(z[None])
-    with pytest.raises(ValueError, match="has no rules for torch.func and torch.jit.trace"):
-        torch.jit.trace(layer, z)
-    out = layer(z)
+    """The operator has no rules for them: compiled, it would say that a forward-mode derivative is 0."""
+    layer = SpatialBroadcastConv2d(3, 64, 4, 64, 64, activation="relu").to(DEVICE)
+    z, tangent = torch.randn(2, 3, device=DEVICE), torch.randn(2, 3, device=DEVICE)
+
+    def derivative(z, tangent):
+        return torch.func.jvp(layer, (z,), (tangent,))[1]
+
+    calls = [
+        lambda: torch.func.vmap(layer)(z[None])[0],
+        lambda: torch.func.grad(lambda z: layer(z).square().sum())(z),
+        lambda: torch.jit.trace(layer, z)(z),
+        lambda: derivative(z, tangent),
+    ]
+    results = {}
+    for layer.backend in ("auto", "reference"):
+        results[layer.backend] = [call() for call in calls]
+    torch.testing.assert_close(results["auto"], results["reference"], rtol=1e-4, atol=1e-4)
     layer.backend = "auto"
-    torch.testing.assert_close(torch.func.vmap(layer)(z[None])[0], out)
+    compiled = torch.compile(derivative, backend="eager")
+    torch.testing.assert_close(compiled(z, tangent), results["reference"][-1], rtol=1e-4, atol=1e-4)
+    layer.backend = "triton"
+    calls += [lambda: compiled(z, tangent)]
+    for call in calls:
+        with pytest.raises(Exception, match="has no rules for torch.func"):
+            call()
 
 
 @runs
