@@ -1026,9 +1026,9 @@ PAPER = {  # its tables, and Figure 5's caption, as printed. ± must be the devi
 # its value, 0.6136 nats on average over colours uniform in H [0, 1], S and V [0.3, 0.7]. The rest is black, at no cost.
 SPRITES_FLOOR = 320.4
 REMARKS = {  # printed wherever the row is
-    "Table 6, 5 layers": "the paper prints ±0.32 for the MIG, as a deviation impossible: with a mean of 0.056 it is "
+    "Table 6, 5 layers": "The paper prints ±0.32 for the MIG, as a deviation impossible: with a mean of 0.056 it is "
                          "at most 0.24. Table 8's first row should be the same model, and has other numbers.",
-    "Table 7, 3 layers": "as the paper prints it; its NLL and KL add up to 414.7, not to its ELBO of 392.",
+    "Table 7, 3 layers": "As the paper prints it; its NLL and KL add up to 414.7, not to its ELBO of 392.",
     "Table 8, 1 layer": "Table 6's row for 5 layers should be the same model, and has ELBO 340, MIG 0.056.",
 }
 
@@ -1416,18 +1416,16 @@ def collect(job) -> dict:
 
 def comparison(models, jobs, found) -> str:
     """The markdown table: for each model a row with the paper's numbers, where it has any, and one with ours."""
-    keys, rows, remarks = [k for k in COLUMNS.values() if k != "step"], [], []
+    keys, rows, remarks = [k for k in COLUMNS.values() if k != "step"], [], {}
     for label, (config, row) in models.items():
         if row:
             cells = dict(zip(PAPER_COLUMNS, re.split("  +", PAPER[row]), strict=True))
-            remark = REMARKS.get(row, "")
-            if float(cells["nll"].split()[0].replace("-", "inf")) < SPRITES_FLOOR:
-                remark += (f" An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 describes, is out "
-                           "of any decoder's reach: colours or images must have been others (ours 27).")
-            if remark:
-                remarks.append(f"({len(remarks) + 1}) {row}: {remark.strip()}")
+            below = float(cells["nll"].split()[0].replace("-", "inf")) < SPRITES_FLOOR
+            notes = [REMARKS.get(row), f"An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 "
+                     "describes, is out of any decoder's reach: colours or images must have been others (ours 27)."]
+            numbers = ", ".join(str(remarks.setdefault(note, len(remarks) + 1)) for note in notes[:1 + below] if note)
             n = "not stated" if row.startswith(("Table 9", "Fig. 5")) else "25"  # G: 25 on colored sprites
-            rows.append([label, f"paper, {row}" + f" ({len(remarks)})" * bool(remark),
+            rows.append([label, f"paper, {row}" + f" ({numbers})" * bool(numbers),
                          *(cells.get(k, "").strip("-") for k in keys), n, f"{paper_steps(config):,}", ""])
         mine = [f for job, f in zip(jobs, found, strict=True) if job.label == label]
         good = [f for f in mine if "elbo" in f]
@@ -1440,7 +1438,8 @@ def comparison(models, jobs, found) -> str:
     names = ["model", "", *(title for title, k in COLUMNS.items() if k != "step"), "n", "steps", "hours a run"]
     used = [i for i in range(len(names)) if i == 1 or any(row[i] for row in rows)]
     lines = [[line[i] for i in used] for line in (names, ["---"] * len(names), *rows)]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + [f"\n{remark}" for remark in remarks])
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(rows + [f"\n({number}) {note}" for note, number in remarks.items()])
 
 
 def draw_results(experiment, results, path, device):
