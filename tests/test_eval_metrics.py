@@ -504,7 +504,8 @@ def test_no_decoder_goes_below_the_floor_of_colored_sprites():
     jobs = [evaluation.Job(label, sbvae.Config(), 1) for label in models]
     ours = dict.fromkeys([*evaluation.COLUMNS.values(), "hours"], 1.0)
     text = evaluation.comparison(models, jobs, [ours, ours])
-    assert "Table 5, 3 layers: An NLL below 320.4" in text and text.count("An NLL below") == 1
+    assert "\n(1) An NLL below 320.4" in text and text.count("An NLL below") == 1
+    assert "| paper, Table 5, 3 layers (1) |" in text and "| paper, Table 8, 1 layer (2) |" in text  # not of every row
 
 
 # ------------------------------------------------------------------------------------------ runs, command line
