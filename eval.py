@@ -1420,10 +1420,11 @@ def comparison(models, jobs, found) -> str:
     for label, (config, row) in models.items():
         if row:
             cells = dict(zip(PAPER_COLUMNS, re.split("  +", PAPER[row]), strict=True))
-            below = float(cells["nll"].split()[0].replace("-", "inf")) < SPRITES_FLOOR
-            notes = [REMARKS.get(row), f"An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 "
-                     "describes, is out of any decoder's reach: colours or images must have been others (ours 27)."]
-            numbers = ", ".join(str(remarks.setdefault(note, len(remarks) + 1)) for note in notes[:1 + below] if note)
+            notes = [REMARKS[row]] if row in REMARKS else []
+            if float(cells["nll"].split()[0].replace("-", "inf")) < SPRITES_FLOOR:
+                notes.append(f"An NLL below {SPRITES_FLOOR} nats, the entropy of the images that A.3 describes, is out "
+                             "of any decoder's reach: colours or images must have been others (ours 27).")
+            numbers = ", ".join(str(remarks.setdefault(note, len(remarks) + 1)) for note in notes)
             n = "not stated" if row.startswith(("Table 9", "Fig. 5")) else "25"  # G: 25 on colored sprites
             rows.append([label, f"paper, {row}" + f" ({numbers})" * bool(numbers),
                          *(cells.get(k, "").strip("-") for k in keys), n, f"{paper_steps(config):,}", ""])
