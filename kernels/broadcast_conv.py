@@ -164,14 +164,17 @@ class _BroadcastAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        threshold_backward = torch.ops.aten.threshold_backward.grad_input
-        elu_backward = torch.ops.aten.elu_backward.grad_input
+        aten = torch.ops.aten
         P, S = ctx.saved_tensors
         before, repeats, activation, memory_format = ctx.arguments
-        if torch.is_grad_enabled():  # a second derivative is wanted: let autograd see every step
-            out = _ACTIVATIONS[activation](_broadcast_add(P, S, before, repeats))
-            grads = torch.autograd.grad(out, (P, S), grad.to(P.dtype), create_graph=True)
-            return *grads, None, None, None, None, None
+        if torch.is_grad_enabled() or _batched(grad):  # a second derivative is wanted, or many at once
+            g, pre = grad.to(P.dtype), _broadcast_add(P, S, before, repeats)
+            if activation == "relu":
+                g = aten.threshold_backward(g, pre, 0)
+            elif activation == "elu":
+                g = aten.elu_backward(g, 1, 1, 1, False, pre)
+            grad_S = _gather(_gather(g, 2, before[0], repeats[0]), 3, before[1], repeats[1])
+            return g.sum(0), grad_S, None, None, None, None, None
         P = _rows(P[None], memory_format)
         grad = _rows(grad, memory_format)
         wide = _rows(_spread(S, 3, before[1], repeats[1]), memory_format)
@@ -185,9 +188,9 @@ class _BroadcastAdd(torch.autograd.Function):
                 pre = buffers[: len(g)]
                 _add_rows(P, wide[chunk], top, repeats_y, pre)
                 if activation == "relu":
-                    threshold_backward(g, pre, 0, grad_input=pre)
+                    aten.threshold_backward(g, pre, 0, grad_input=pre)
                 else:
-                    elu_backward(g, 1, 1, 1, False, pre, grad_input=pre)
+                    aten.elu_backward(g, 1, 1, 1, False, pre, grad_input=pre)
                 g = pre
             grad_P += g.sum(0) if len(g) > 1 else g[0]
             classes = grad_wide[chunk]
@@ -269,6 +272,12 @@ def _stepwise():
     if torch.compiler.is_compiling():
         return False
     return torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _batched(grad):
+    """Whether this is a stack of gradients, as autograd.grad(..., is_grads_batched=True) gives and so
+    jacobian(..., vectorize=True): PyTorch slices it only for operations of its own."""
+    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
 
 
 # --- triton: one write forward, one read backward -------------------------------------------------

@@ -31,7 +31,7 @@ small matrices that make them: cheap only where they stay in cache. So the batch
 channels last, and every step is a long matrix product or a copy. Backward is the transpose of each,
 in reverse: dM = A dy A^T, dU = V^T @ dM, dV = dM @ U^T, dx = the tiles B^T dV B laid out and added
 where they overlap. V is kept for it where weight needs a gradient (44 MB in this layer, 2.6
-times x): to make it again would take a sixth longer.
+times x): to make it again would take a sixth longer. (x is kept, too, as by any convolution.)
 
     B=16, 64 -> 64, 64x64, k=4         forward     backward (millions of multiply-adds)
     plain                                 4295     8590
@@ -78,8 +78,8 @@ derivatives or torch.jit.trace; all else is the padded F.conv2d. Where it does n
 channels, small images, CPUs with bf16 units (then use bfloat16), and two or more threads on a
 machine that others use, as each of the many short operations waits for the slowest thread (measured
 with 3 busy processes on 2 cores: 0.7 times as fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1
-times). No second derivatives: asking for one is an error. Same input and number of threads, same
-bits.
+times). A second derivative is the plain convolution's, at its speed. Same input and number of
+threads, same bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -88,7 +88,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 _TILE = 8
 _POINTS = (0, 1, -1, 0.5, -0.5, 2, -2)  # and infinity
@@ -166,14 +165,15 @@ class _Winograd(torch.autograd.Function):
             y = _second(At, _first(At, y)).permute(2, 3, 1, 4, 0, 5)  # (N,rows,m,cols,m,c_out)
             y = y.reshape(len(here), rows * m, cols * m, c_out)[:, :height, :width]
             to.copy_(y) if bias is None else torch.add(y, bias, out=to)
-        ctx.save_for_backward(U, *saved)
+        ctx.save_for_backward(x, weight, U, *saved)
         ctx.arguments = k, step, _format(x)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        U, *saved = ctx.saved_tensors
+        x, weight, U, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or _batched(grad):  # a second derivative is wanted, or many at once
+            return _plain_backward(grad, x, weight, ctx.needs_input_grad)
         k, step, memory_format = ctx.arguments
         (batch, c_out, height, width), c_in = grad.shape, U.shape[1]
         A, _, B = _matrices(k)
@@ -227,9 +227,10 @@ class _FewOut(torch.autograd.Function):
         return out.contiguous(memory_format=_format(x))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() or _batched(grad):
+            return _plain_backward(grad, x, weight, ctx.needs_input_grad)
         c_out, c_in, kh, kw = weight.shape
         need_x, need_weight, need_bias = ctx.needs_input_grad
         taps = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, c_in)
@@ -256,6 +257,23 @@ class _FewOut(torch.autograd.Function):
 def _pads(kh, kw):
     """(left, right, top, bottom): for an even kernel one more at the end."""
     return (kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2
+
+
+def _plain_backward(grad, x, weight, need):
+    """Gradients of x, weight and bias in operations that PyTorch differentiates and slices."""
+    left, _, top, _ = pads = _pads(*weight.shape[2:])
+    once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, no transpose, groups
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, F.pad(x, pads), weight, [len(weight)], *once, [True, True, True]
+    )
+    grads = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]], dweight, dbias
+    return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+
+
+def _batched(grad):
+    """Whether this is a stack of gradients, as autograd.grad(..., is_grads_batched=True) gives and so
+    jacobian(..., vectorize=True): PyTorch slices it only for operations of its own."""
+    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
 
 
 def _format(x):

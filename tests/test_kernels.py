@@ -397,6 +397,29 @@ def test_compiles_and_exports_in_one_graph(layout):
     torch.testing.assert_close(program.module()(other), layer(other))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+def test_batches_of_gradients(activation, layout):
+    """autograd.grad(..., is_grads_batched=True), as jacobian and hessian do it with vectorize=True."""
+    sizes = dict(batch=3, latents=2, maps=2, channels=3, height=5, width=7, kernel=(4, 3))
+    arguments = tensors(sizes)
+    stack = torch.randn(4, 3, 3, 5, 7, dtype=torch.float64)
+
+    def layer(*arguments, backend):
+        return broadcast_conv2d(*arguments, activation=activation, out_format=layout, backend=backend)
+
+    def derivatives(backend):
+        out = layer(*arguments, backend=backend)
+        loss = lambda z: layer(z, *arguments[1:], backend=backend).pow(3).sum()
+        hessian = torch.autograd.functional.hessian(loss, arguments[0], vectorize=True)
+        return hessian, *torch.autograd.grad(out, arguments, stack, is_grads_batched=True)
+
+    got, expected = derivatives("torch"), derivatives("reference")
+    torch.testing.assert_close(got, expected)
+    assert all(g.abs().sum() > 0 for g in got) and got[1].shape == (4, 3, 2)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)

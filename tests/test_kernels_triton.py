@@ -270,6 +270,22 @@ def test_transforms_of_torch_func_take_the_torch_form():
 
 
 @runs
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batches_of_gradients():
+    """autograd.grad(..., is_grads_batched=True), as jacobian(..., vectorize=True) does it: one by one."""
+    sizes = dict(batch=2, latents=3, maps=2, channels=2, height=5, width=6, kernel=(4, 4))
+    arguments = tensors(sizes, 0, torch.float32, DEVICE)
+    stack = torch.randn(2, 2, 2, 5, 6, device=DEVICE)
+    got, expected = (
+        torch.autograd.grad(broadcast_conv2d(*arguments, activation="elu", backend=backend), arguments, stack,
+                            is_grads_batched=True)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert all(g.abs().sum() > 0 for g in got)
+
+
+@runs
 def test_saves_its_arguments_only():
     saved = []
     layer = SpatialBroadcastConv2d(2, 2, 4, 5, 6, activation="relu", backend="triton").to(DEVICE)

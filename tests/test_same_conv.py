@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
@@ -167,13 +168,14 @@ def test_only_gradients_asked_for(sizes, monkeypatch):
         if not any(need):
             continue
         if same_conv._path(*given) == "winograd":  # what only the weight's gradient wants is not kept
-            assert (len(out.grad_fn.saved_tensors) > 1) == need[1]
+            assert (len(out.grad_fn.saved_tensors) > 3) == need[1]
         calls = []
         with monkeypatch.context() as m:
             for name in ("bmm", "mm"):
                 real = getattr(torch, name)
                 m.setattr(torch, name, lambda *a, f=real, n=name, calls=calls: calls.append(n) or f(*a))
-            grads = out.grad_fn.apply(upstream)
+            with torch.no_grad():
+                grads = out.grad_fn.apply(upstream)
         assert [g is not None for g in grads] == list(need)
         assert close([g for g in grads if g is not None], [e for e, n in zip(expected[1:], need, strict=True) if n])
         if need == (False, False, True):
@@ -182,12 +184,29 @@ def test_only_gradients_asked_for(sizes, monkeypatch):
             assert "bmm" not in calls
 
 
-def test_no_second_derivative():
-    for sizes in ((2, 64, 64, 40, 40, 4), (2, 64, 3, 40, 40, 4)):
-        tensors, upstream = case(*sizes)
-        grad, = torch.autograd.grad(same_conv2d(*tensors), tensors[0], upstream.requires_grad_(), create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 32, 32, 41, 38, 4), (2, 64, 3, 40, 41, 5)])
+def test_second_derivatives_and_batches_of_gradients(sizes, bias):
+    """A gradient penalty, and autograd.grad(..., is_grads_batched=True): as with the plain convolution."""
+    given, upstream = case(*sizes)
+    given = [t.requires_grad_() for t in given[: 2 + bias]]
+    assert same_conv._path(*given, *[None] * (1 - bias)) != "conv2d"
+
+    def derivatives(layer, tensors, upstream):
+        out = layer(*tensors, *[None] * (1 - bias))
+        first = torch.autograd.grad(out, tensors, upstream, create_graph=True)
+        penalty = sum(g.square().mean() for g in first[:2])
+        second = torch.autograd.grad(penalty, [*tensors[:2], upstream], retain_graph=True)
+        stack = torch.stack([upstream, upstream.flip(0)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # slice by slice
+            return *second, *torch.autograd.grad(out, tensors, stack, is_grads_batched=True)
+
+    got = derivatives(same_conv2d, given, upstream.requires_grad_())
+    doubles = [t.detach().double().requires_grad_() for t in (*given, upstream)]
+    expected = derivatives(plain, doubles[:-1], doubles[-1])
+    assert close(got, expected)
+    assert not close([got[0] * 1.001, *got[1:]], expected)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
