@@ -5,7 +5,8 @@
 x (B,C,H,W), weight (D,C,k,k). For k=4 one row of zeros goes before, two after. Of a training step
 of Watters et al. (2019) on a CPU nearly all is the layer 64 -> 64 at 64x64: k*k*C*D = 65,536
 multiply-adds for each pixel. Units for half precision do them faster; without such units there is
-only doing fewer. Two ways, and the plain convolution for the rest:
+only doing fewer. Two ways, of which the second pays in half precision, too, and the plain
+convolution for the rest:
 
 Winograd (many channels). One axis first. The m outputs y_i = sum_j w_j x_(i+j) of a tile of m+k-1
 inputs would take m*k products. Now let polynomials w(t) and v(t) have k and m coefficients. Their
@@ -49,14 +50,16 @@ activations as the decoder has them (64 -> 64, k=4), rms / largest:
                                   output       dx           dweight      dbias
     64 -> 64  Winograd            24 / 330     30 / 280     38 / 270     1.1 / 2.8     all 1e-7
               F.conv2d            3.9 / 47     2.1 / 15     16 / 160     19 / 57
-    64 -> 3   few outputs         1.3 / 8.6    1.3 / 15     2.5 / 14     3.3 / 4.7
-              F.conv2d            3.8 / 34     1.2 / 16     15 / 100     18 / 24
+    64 -> 3   few outputs         1.2 / 8.2    1.2 / 19     1.9 / 7.1    1.8 / 2.8
+              F.conv2d            4.0 / 39     0.8 / 7.6    9.5 / 66     54 / 88
+    bfloat16  few outputs         2.3 / 16     1.7 / 17     2.3 / 11     1.9 / 2.8     all 1e-3
+              F.conv2d            1.7 / 12     1.7 / 17     1.6 / 9.7    1.9 / 2.8
 
 Tiles of 4x4 outputs at their best points have 0.6 times the error of 5x5 and take a tenth longer,
 6x6 have 2.6 times the error and are no faster (their tiles fit 64 pixels less well).
 
 Which is taken (`same_conv2d`), and by how many times faster than F.conv2d in the same format it is,
-forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguous | channels last:
+forward / backward, CPU time of one thread, B=16, k=4. Winograd on a Zen 1, contiguous | channels last:
 
     64 -> 64, 64x64     1.5 / 2.2 | 1.7 / 2.5     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
     32 -> 32, 64x64     1.0 / 1.6 | 1.0 / 1.6     Winograd
@@ -68,18 +71,22 @@ forward / backward, CPU time of one thread of a Zen 1 core, B=16, k=4, contiguou
     k=3, 64 -> 64       1.0 / 1.7 | 1.2 / 2.1
     k=5, 64 -> 64       1.7 / 2.7 | 1.8 / 3.0
     k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
-    64 -> 3, 64x64      1.7 / 1.5 | 1.3 / 1.4     D <= 4, C >= 32, H*W >= 1024, k 3 to 5:
-    64 -> 1, 64x64      3.5 / 2.9 | 2.5 / 2.7     few outputs
-    32 -> 3, 64x64      1.4 / 1.4 | 1.0 / 1.1
-    64 -> 6, 64x64      1.1 / 0.9 | 0.9 / 1.0     (not taken)
 
-Only float32 on a CPU, not under autocast, torch.compile, torch.func's transforms, forward-mode
-derivatives or torch.jit.trace; all else is the padded F.conv2d. Where it does not pay: few
-channels, small images, CPUs with bf16 units (then use bfloat16), and two or more threads on a
-machine that others use, as each of the many short operations waits for the slowest thread (measured
-with 3 busy processes on 2 cores: 0.7 times as fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1
-times). A second derivative is the plain convolution's, at its speed. Same input and number of
-threads, same bits.
+Few outputs on a Zen 4 (AVX512-BF16), contiguous | channels last | bfloat16, channels last:
+
+    64 -> 3, 64x64      4.6 / 5.1 | 3.0 / 2.0 | 1.6 / 2.2     D <= 4, C >= 32, H*W >= 1024, k 3 to
+    64 -> 1, 64x64      7.0 / 9.7 | 4.6 / 3.9 | 3.7 / 5.4     5: few outputs; in bfloat16 where also
+    32 -> 3, 64x64      2.4 / 2.9 | 2.1 / 1.4 | 1.2 / 1.7     B*H*W >= 8192 and the CPU has no AMX,
+    32 -> 4, 32x32, k=3 1.9 / 2.3 | 1.4 / 1.3 | 0.8 / 1.4     where it was not measured
+    32 -> 8, 64x64      1.1 / 1.3 | 0.9 / 0.7 | 0.6 / 0.8     (not taken)
+
+Only on a CPU, Winograd only in float32 and not under autocast, and neither under torch.compile,
+torch.func's transforms, forward-mode derivatives or torch.jit.trace; all else is the padded
+F.conv2d. Where Winograd does not pay: few channels, small images, CPUs with bf16 units (then use
+bfloat16), and two or more threads on a machine that others use, as each of the many short
+operations waits for the slowest thread (measured with 3 busy processes on 2 cores: 0.7 times as
+fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). A second derivative is the plain
+convolution's, at its speed. Same input and number of threads, same bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -209,22 +216,30 @@ class _Winograd(torch.autograd.Function):
 
 
 class _FewOut(torch.autograd.Function):
-    """Image by image, so that its k*k*D maps stay in cache."""
+    """In pieces of the batch whose k*k*D maps stay in cache. x is float32 or bfloat16; maps are added
+    up in float32, and so are the gradients of weight and bias."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         (c_out, c_in, kh, kw), (height, width) = weight.shape, x.shape[2:]
-        taps = weight.permute(2, 3, 0, 1).reshape(-1, c_in)
-        out = x.new_empty(len(x), c_out, height, width)
-        for image, to in zip(x, out, strict=True):
-            z = torch.mm(taps, image.flatten(1)).view(kh, kw, c_out, height, width)
-            z = F.pad(z, _pads(kh, kw))  # so that the shifted maps are whole
-            to.copy_(0 if bias is None else bias[:, None, None])
+        taps = weight.permute(2, 3, 0, 1).reshape(-1, c_in).to(x.dtype)
+        left, _, top, _ = _pads(kh, kw)
+        out = torch.empty_like(x[:, :1].expand(-1, c_out, -1, -1), memory_format=_format(x))
+        step = _images(taps, x)
+        for here, to in zip(x.split(step), out.split(step), strict=True):
+            maps = torch.bmm(taps.expand(len(here), -1, -1), here.flatten(2)).float()
+            maps = maps.view(-1, kh, kw, c_out, height, width)
+            total = maps.new_zeros(len(here), c_out, height, width)
+            if bias is not None:
+                total += bias[:, None, None]
             for i in range(kh):
+                ys, from_ys = _shifted(i - top, height)
                 for j in range(kw):
-                    to += z[i, j, :, i : i + height, j : j + width]
-        return out.contiguous(memory_format=_format(x))
+                    xs, from_xs = _shifted(j - left, width)
+                    total[:, :, ys, xs] += maps[:, i, j, :, from_ys, from_xs]
+            to.copy_(total)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -233,22 +248,38 @@ class _FewOut(torch.autograd.Function):
             return _plain_backward(grad, x, weight, ctx.needs_input_grad)
         c_out, c_in, kh, kw = weight.shape
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        taps = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, c_in)
+        taps = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, c_in).to(x.dtype)
         grad_x = torch.empty_like(x, memory_format=_format(x)) if need_x else None
-        d_taps = torch.zeros_like(taps)
+        d_taps = torch.zeros_like(taps, dtype=torch.float32)
         left, right, top, bottom = _pads(kh, kw)
-        padded = F.pad(grad, (right, left, bottom, top))
-        windows = padded.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 4, 5, 1, 2, 3)
-        for i in range(len(x) if need_x or need_weight else 0):
-            g = windows[i].reshape(len(taps), -1)
-            if need_x:
-                d = torch.mm(g.T, taps).view(*x.shape[2:], c_in)
-                grad_x[i] = d.permute(2, 0, 1)
+        step = _images(taps, x)
+        for i in range(0, len(x) if need_x or need_weight else 0, step):
+            windows = F.pad(grad[i : i + step], (right, left, bottom, top))
+            windows = windows.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 4, 5, 1, 2, 3)
+            g = windows.reshape(len(windows), len(taps), -1)  # (N,k*k*D,H*W)
+            if need_x and _format(x) == torch.channels_last:
+                rows = grad_x[i : i + step].permute(0, 2, 3, 1).flatten(1, 2)
+                torch.bmm(g.mT, taps.expand(len(g), -1, -1), out=rows)
+            elif need_x:
+                torch.bmm(taps.T.expand(len(g), -1, -1), g, out=grad_x[i : i + step].flatten(2))
             if need_weight:
-                d_taps.addmm_(g, x[i].flatten(1).T)
+                d_taps += torch.bmm(g, x[i : i + step].flatten(2).mT).sum(0, dtype=torch.float32)
+        grad_weight = grad_bias = None
         if need_weight:
-            d_weight = d_taps.view(kh, kw, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
-        return grad_x, d_weight if need_weight else None, grad.sum((0, 2, 3)) if need_bias else None
+            grad_weight = d_taps.view(kh, kw, c_out, c_in).permute(2, 3, 0, 1).flip(2, 3)
+        if need_bias:
+            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+        return grad_x, grad_weight, grad_bias
+
+
+def _images(taps, x):
+    """How many images of x make a piece."""
+    return max(1, _PIECE // (8 * len(taps) * x.shape[2] * x.shape[3]))
+
+
+def _shifted(by, size):
+    """Where the numbers of a line go, and which these are, when it moves `by` places to its start."""
+    return slice(max(-by, 0), size - max(by, 0)), slice(max(by, 0), size + min(by, 0))
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -264,7 +295,7 @@ def _plain_backward(grad, x, weight, need):
     left, _, top, _ = pads = _pads(*weight.shape[2:])
     once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, no transpose, groups
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, F.pad(x, pads), weight, [len(weight)], *once, [True, True, True]
+        grad, F.pad(x, pads), weight.to(x.dtype), [len(weight)], *once, [True, True, True]
     )
     grads = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]], dweight, dbias
     return tuple(g if n else None for g, n in zip(grads, need, strict=True))
@@ -295,15 +326,25 @@ def same_conv2d(x, weight, bias=None):
         return F.conv2d(F.pad(x, pads), weight, bias)
     if not torch.is_grad_enabled():  # else V would be kept for a backward pass that never comes
         x, weight, bias = (t if t is None else t.detach() for t in (x, weight, bias))
-    return (_Winograd if path == "winograd" else _FewOut).apply(x, weight, bias)
+    if path == "winograd":
+        return _Winograd.apply(x, weight, bias)
+    return _FewOut.apply(x.to(_dtype(x)), weight, bias)
+
+
+def _dtype(x):
+    """What the convolution computes in, on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _path(x, weight, bias):
     """Which of "winograd", "few outputs" and "conv2d" takes these arguments."""
     given = [t for t in (x, weight, bias) if t is not None]
+    dtype, autocast = _dtype(x), torch.is_autocast_enabled("cpu")
+    taken = (torch.float32, torch.bfloat16)
     if (
-        any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given)
-        or torch.is_autocast_enabled("cpu")
+        dtype not in taken
+        or any(t.dtype not in (taken if autocast else (dtype,)) for t in given)
+        or any(t.device.type != "cpu" for t in given)
         or torch.compiler.is_compiling()  # it would unroll the pieces
         or torch.jit.is_tracing()  # these must see every step
         or torch._C._are_functorch_transforms_active()
@@ -314,9 +355,15 @@ def _path(x, weight, bias):
     wrong = bias is not None and bias.shape != (c_out,)  # for conv2d to say so
     if k != kw or not 3 <= k <= 5 or wrong:
         return "conv2d"
+    half = dtype == torch.bfloat16
     if c_out <= 4 and c_in >= 32 and height * width >= 1024:
-        return "few outputs"
+        few = batch * height * width >= 8192 and not _has_amx() if half else True
+        return "few outputs" if few else "conv2d"
     m = _TILE + 1 - k
     tiles = batch * -(-height // m) * -(-width // m)
     enough = min(c_in, c_out) >= 16 and c_in * c_out >= 1024 and tiles >= 96
-    return "winograd" if enough else "conv2d"
+    return "winograd" if enough and not half else "conv2d"
+
+
+def _has_amx():
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private to torch, which may drop it

@@ -103,6 +103,49 @@ def test_rules():
         assert same_conv._path(*tensors) == "conv2d" and same_conv2d(*tensors).dtype == torch.bfloat16
 
 
+def test_rules_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
+    path = lambda *sizes, **how: same_conv._path(*(t.to(**how) for t in case(*sizes)[0]))
+    half = dict(dtype=torch.bfloat16)
+    assert path(2, 64, 3, 64, 64, 4, **half) == path(16, 32, 1, 32, 32, 3, **half) == "few outputs"
+    assert path(1, 64, 3, 64, 64, 4, **half) == path(16, 64, 64, 64, 64, 4, **half) == "conv2d"
+    assert path(2, 64, 3, 64, 64, 4, dtype=torch.float16) == "conv2d"
+    x, weight, bias = case(2, 64, 3, 64, 64, 4)[0]
+    assert same_conv._path(x.bfloat16(), weight, bias) == "conv2d"  # which says what is wrong
+    for dtype, path in ((torch.bfloat16, "few outputs"), (torch.float16, "conv2d")):
+        with torch.autocast("cpu", dtype):
+            assert same_conv._path(x, weight, bias) == same_conv._path(x.bfloat16(), weight, None) == path
+            assert same_conv._path(x.double(), weight, bias) == "conv2d"
+            assert same_conv2d(x, weight, bias).dtype == same_conv2d(x.bfloat16(), weight).dtype == dtype
+    monkeypatch.setattr(same_conv, "_has_amx", lambda: True)  # not measured there
+    assert path == "conv2d" and same_conv._path(*(t.bfloat16() for t in (x, weight, bias))) == "conv2d"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 64, 3, 61, 64, 4), (8, 32, 4, 40, 33, 3), (4, 64, 1, 48, 50, 5)])
+def test_few_outputs_in_bfloat16(sizes, autocast, layout, monkeypatch):
+    """Against float64 on the same bfloat16 numbers: the errors of the plain convolution, or a little more."""
+    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
+    monkeypatch.setattr(same_conv, "_PIECE", 3_000_000)  # pieces of one image or two
+    tensors, upstream = case(*sizes, layout=layout)
+    tensors = [t.bfloat16().detach() for t in tensors]
+    expected = exact(tensors, upstream.bfloat16().double())
+    given = [t.float() if autocast else t for t in tensors]
+    rms = {}
+    for name, layer in (("ours", same_conv2d), ("plain", plain)):
+        leaves = [t.clone().requires_grad_() for t in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert same_conv._path(*leaves) == "few outputs"
+            got = results(layer, leaves, upstream)  # backward inside autocast, too
+            assert all(g.dtype == t.dtype for g, t in zip(got[1:], leaves, strict=True))
+        assert got[0].dtype == torch.bfloat16
+        rms[name] = [((a - e).square().mean() / e.square().mean()).sqrt() for a, e in zip(got, expected, strict=True)]
+    assert max(rms["ours"]) < 4e-3
+    assert all(a < 2 * b + 1e-6 for a, b in zip(rms["ours"], rms["plain"], strict=True)), rms
+    assert got[0].is_contiguous(memory_format=LAYOUTS[layout])
+
+
 def test_rectangular_kernels_and_empty_batches():
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 3, 5, 7, generator=g), torch.randn(4, 3, 2, 5, generator=g)
@@ -173,15 +216,14 @@ def test_only_gradients_asked_for(sizes, monkeypatch):
         with monkeypatch.context() as m:
             for name in ("bmm", "mm"):
                 real = getattr(torch, name)
-                m.setattr(torch, name, lambda *a, f=real, n=name, calls=calls: calls.append(n) or f(*a))
+                m.setattr(torch, name, lambda *a, f=real, n=name, calls=calls, **k: calls.append(n) or f(*a, **k))
             with torch.no_grad():
                 grads = out.grad_fn.apply(upstream)
         assert [g is not None for g in grads] == list(need)
         assert close([g for g in grads if g is not None], [e for e, n in zip(expected[1:], need, strict=True) if n])
         if need == (False, False, True):
             assert not calls
-        if not need[0]:
-            assert "bmm" not in calls
+        assert calls.count("bmm") == need[0] + (need[1] and sizes[2] == 3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
