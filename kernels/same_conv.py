@@ -101,6 +101,7 @@ _POINTS = (0, 1, -1, 0.5, -0.5, 2, -2)  # and infinity
 # Bytes of V made at a time: small enough for a last-level cache, large enough that the threads,
 # which wait for each other after every operation, seldom do so.
 _PIECE = 12_000_000
+_MAPS = 2**22  # numbers in the shifted maps made at a time: 17 MB in float32
 
 
 # --- Winograd -------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class _Winograd(torch.autograd.Function):
 
 
 class _FewOut(torch.autograd.Function):
-    """In pieces of the batch whose k*k*D maps stay in cache. x is float32 or bfloat16; maps are added
+    """In pieces of the batch, for their k*k*D maps take memory. x is float32 or bfloat16; maps are added
     up in float32, and so are the gradients of weight and bias."""
 
     @staticmethod
@@ -274,7 +275,7 @@ class _FewOut(torch.autograd.Function):
 
 def _images(taps, x):
     """How many images of x make a piece."""
-    return max(1, _PIECE // (8 * len(taps) * x.shape[2] * x.shape[3]))
+    return max(1, _MAPS // (len(taps) * x.shape[2] * x.shape[3]))
 
 
 def _shifted(by, size):
