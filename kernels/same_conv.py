@@ -352,8 +352,10 @@ def _path(x, weight, bias):
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return "conv2d"
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
+        return "conv2d"  # which takes an image without a batch, and says what is wrong with others
     (c_out, c_in, k, kw), (batch, _, height, width) = weight.shape, x.shape
-    wrong = bias is not None and bias.shape != (c_out,)  # for conv2d to say so
+    wrong = bias is not None and bias.shape != (c_out,)
     if k != kw or not 3 <= k <= 5 or wrong:
         return "conv2d"
     half = dtype == torch.bfloat16

@@ -340,8 +340,16 @@ def test_the_default_device_does_not_matter(c_out):
 
 
 @pytest.mark.parametrize("c_out", [64, 3])
-def test_a_bias_of_another_length_is_refused(c_out):
+def test_what_does_not_fit_is_refused(c_out):
     (x, weight, _), _ = case(2, 64, c_out, 40, 36, 4)
     for wrong in (torch.ones(1), torch.ones(c_out + 1), torch.ones(c_out, 1)):
         with pytest.raises(RuntimeError, match="bias"):
             same_conv2d(x, weight, wrong)
+    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32 channels"):
+        same_conv2d(x[:, :32], weight)
+
+
+@pytest.mark.parametrize("c_out", [64, 3])
+def test_an_image_without_a_batch(c_out):
+    (x, weight, bias), _ = case(1, 64, c_out, 40, 36, 4)
+    torch.testing.assert_close(same_conv2d(x[0], weight, bias), same_conv2d(x, weight, bias)[0], rtol=1e-4, atol=1e-4)
