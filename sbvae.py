@@ -883,7 +883,7 @@ def choose_kernel(config: Config, device) -> str:
         return "none, as this model has no convolution after a tile"
     if broadcast_conv2d is None:
         return "plain tile, append, convolve, as kernels/ is not beside sbvae.py"
-    others = "; the others same_conv2d, which is faster in fp32 or for few outputs" * (device.type == "cpu")
+    others = "; the others same_conv2d, where it is faster" * (device.type == "cpu" and not config.compile)
     if config.upscales:
         return "plain tile, append, deconvolve" + others
     if config.kernel != "auto":

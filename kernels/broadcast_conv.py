@@ -275,9 +275,10 @@ def _stepwise():
 
 
 def _batched(grad):
-    """Whether this is a stack of gradients, as autograd.grad(..., is_grads_batched=True) gives and so
-    jacobian(..., vectorize=True): PyTorch slices it only for operations of its own."""
-    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
+    """Whether this is a stack of gradients, of autograd.grad(..., is_grads_batched=True) and so of
+    jacobian(..., vectorize=True), or of torch.vmap: PyTorch slices it only for its own operations."""
+    keys = torch._C._dispatch_keys(grad)
+    return any(keys.has(torch._C._dispatch_key_parse(k)) for k in ("Batched", "FuncTorchBatched"))
 
 
 # --- triton: one write forward, one read backward -------------------------------------------------

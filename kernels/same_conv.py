@@ -32,7 +32,7 @@ small matrices that make them: cheap only where they stay in cache. So the batch
 channels last, and every step is a long matrix product or a copy. Backward is the transpose of each,
 in reverse: dM = A dy A^T, dU = V^T @ dM, dV = dM @ U^T, dx = the tiles B^T dV B laid out and added
 where they overlap. V is kept for it where weight needs a gradient (44 MB in this layer, 2.6
-times x): to make it again would take a sixth longer. (x is kept, too, as by any convolution.)
+times x): to make it again would take a sixth longer. x is kept, too, for a second derivative.
 
     B=16, 64 -> 64, 64x64, k=4         forward     backward (millions of multiply-adds)
     plain                                 4295     8590
@@ -47,22 +47,26 @@ shifts dy, k*k*D maps, and two products of that size give dx and dweight.
 Errors. float32, against float64, relative to the rms of the exact result, for weights and ReLU
 activations as the decoder has them (64 -> 64, k=4), rms / largest:
 
-                                  output       dx           dweight      dbias
-    64 -> 64  Winograd            24 / 330     30 / 280     38 / 270     1.1 / 2.8     all 1e-7
+    all times 1e-7                output       dx           dweight      dbias
+    64 -> 64  Winograd            24 / 330     30 / 280     38 / 270     1.1 / 2.8
               F.conv2d            3.9 / 47     2.1 / 15     16 / 160     19 / 57
     64 -> 3   few outputs         1.2 / 8.2    1.2 / 19     1.9 / 7.1    1.8 / 2.8
               F.conv2d            4.0 / 39     0.8 / 7.6    9.5 / 66     54 / 88
-    bfloat16  few outputs         2.3 / 16     1.7 / 17     2.3 / 11     1.9 / 2.8     all 1e-3
+    64 -> 3 in bfloat16, all times 1e-3
+              few outputs         2.3 / 16     1.7 / 17     2.3 / 11     1.9 / 2.8
               F.conv2d            1.7 / 12     1.7 / 17     1.6 / 9.7    1.9 / 2.8
 
 Tiles of 4x4 outputs at their best points have 0.6 times the error of 5x5 and take a tenth longer,
 6x6 have 2.6 times the error and are no faster (their tiles fit 64 pixels less well).
 
 Which is taken (`same_conv2d`), and by how many times faster than F.conv2d in the same format it is,
-forward / backward, CPU time of one thread, B=16, k=4. Winograd on a Zen 1, contiguous | channels last:
+forward / backward, CPU time of one thread, B=16, k=4:
 
-    64 -> 64, 64x64     1.5 / 2.2 | 1.7 / 2.5     C*D >= 1024, both >= 16, k 3 to 5, >= 96 tiles:
-    32 -> 32, 64x64     1.0 / 1.6 | 1.0 / 1.6     Winograd
+Winograd where C*D >= 1024, both >= 16, k is 3 to 5, and there are 96 tiles or more. Zen 1,
+contiguous | channels last:
+
+    64 -> 64, 64x64     1.5 / 2.2 | 1.7 / 2.5
+    32 -> 32, 64x64     1.0 / 1.6 | 1.0 / 1.6
     64 -> 16, 64x64     0.9 / 1.5 | 0.9 / 1.5
     64 -> 64, 16x16     1.0 / 1.5 | 1.0 / 1.4     (256 tiles)
     64 -> 64, 32x32     1.0 / 1.4 | 1.1 / 1.5     B=2 (98 tiles)
@@ -72,21 +76,27 @@ forward / backward, CPU time of one thread, B=16, k=4. Winograd on a Zen 1, cont
     k=5, 64 -> 64       1.7 / 2.7 | 1.8 / 3.0
     k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
 
-Few outputs on a Zen 4 (AVX512-BF16), contiguous | channels last | bfloat16, channels last:
+Few outputs where D <= 4, C >= 32, k is 3 to 5, H*W >= 1024 and k*k*D*H*W <= 2^22; in bfloat16 where
+also B*H*W >= 8192 and the CPU has no AMX, with which it was not measured. Zen 4 (AVX512-BF16),
+contiguous | channels last | bfloat16, channels last:
 
-    64 -> 3, 64x64      4.6 / 5.1 | 3.0 / 2.0 | 1.6 / 2.2     D <= 4, C >= 32, H*W >= 1024, k 3 to
-    64 -> 1, 64x64      7.0 / 9.7 | 4.6 / 3.9 | 3.7 / 5.4     5: few outputs; in bfloat16 where also
-    32 -> 3, 64x64      2.4 / 2.9 | 2.1 / 1.4 | 1.2 / 1.7     B*H*W >= 8192 and the CPU has no AMX,
-    32 -> 4, 32x32, k=3 1.9 / 2.3 | 1.4 / 1.3 | 0.8 / 1.4     where it was not measured
-    32 -> 8, 64x64      1.1 / 1.3 | 0.9 / 0.7 | 0.6 / 0.8     (not taken)
-
+    64 -> 3, 64x64      3.8 / 3.6 | 2.4 / 1.9 | 1.9 / 2.3
+    64 -> 1, 64x64      7.0 / 10  | 4.6 / 4.0 | 3.8 / 5.2
+    k=3, 64 -> 4        3.9 / 4.4 | 2.1 / 1.7 | 1.4 / 1.9
+    32 -> 3, 64x64      2.6 / 2.8 | 2.2 / 1.3 | 1.2 / 1.7
+    32 -> 4, 64x64      2.1 / 2.1 | 1.9 / 1.1 | 1.0 / 1.3
+    k=5, 32 -> 4        0.9 / 2.2 | 1.6 / 1.1 | 0.9 / 1.3
+    64 -> 3, 256x256    2.2 / 3.2 | 2.2 / 1.6 | 0.8 / 2.4     B=1
+    64 -> 6, 64x64      1.8 / 1.9 | 1.6 / 1.1 | 1.0 / 1.3     (not taken)
+    32 -> 8, 64x64      1.0 / 1.1 | 0.9 / 0.6 | 0.5 / 0.8     (not taken)
 Only on a CPU, Winograd only in float32 and not under autocast, and neither under torch.compile,
 torch.func's transforms, forward-mode derivatives or torch.jit.trace; all else is the padded
 F.conv2d. Where Winograd does not pay: few channels, small images, CPUs with bf16 units (then use
 bfloat16), and two or more threads on a machine that others use, as each of the many short
 operations waits for the slowest thread (measured with 3 busy processes on 2 cores: 0.7 times as
-fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). A second derivative is the plain
-convolution's, at its speed. Same input and number of threads, same bits.
+fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). With create_graph all is the plain
+convolution's, and gradients of all that requires one are made, even if only x's was asked for.
+Until the backward pass x must stay as it is. Same input and number of threads, same bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -154,6 +164,7 @@ class _Winograd(torch.autograd.Function):
     """In pieces of the batch that stay in cache; within a piece channels come last."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias):
         c_out, c_in, k, _ = weight.shape
         batch, _, height, width = x.shape
@@ -178,6 +189,7 @@ class _Winograd(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # in the precision of the forward pass
     def backward(ctx, grad):
         x, weight, U, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() or _batched(grad):  # a second derivative is wanted, or many at once
@@ -221,6 +233,7 @@ class _FewOut(torch.autograd.Function):
     up in float32, and so are the gradients of weight and bias."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         (c_out, c_in, kh, kw), (height, width) = weight.shape, x.shape[2:]
@@ -243,6 +256,7 @@ class _FewOut(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # in the precision of the forward pass
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled() or _batched(grad):
@@ -296,16 +310,18 @@ def _plain_backward(grad, x, weight, need):
     left, _, top, _ = pads = _pads(*weight.shape[2:])
     once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, no transpose, groups
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, F.pad(x, pads), weight.to(x.dtype), [len(weight)], *once, [True, True, True]
+        grad, F.pad(x, pads), weight.to(x.dtype), [len(weight)], *once, list(need)
     )
-    grads = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]], dweight, dbias
-    return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+    if dx is not None:
+        dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    return dx, dweight, dbias
 
 
 def _batched(grad):
-    """Whether this is a stack of gradients, as autograd.grad(..., is_grads_batched=True) gives and so
-    jacobian(..., vectorize=True): PyTorch slices it only for operations of its own."""
-    return torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched"))
+    """Whether this is a stack of gradients, of autograd.grad(..., is_grads_batched=True) and so of
+    jacobian(..., vectorize=True), or of torch.vmap: PyTorch slices it only for its own operations."""
+    keys = torch._C._dispatch_keys(grad)
+    return any(keys.has(torch._C._dispatch_key_parse(k)) for k in ("Batched", "FuncTorchBatched"))
 
 
 def _format(x):
@@ -359,9 +375,10 @@ def _path(x, weight, bias):
     if k != kw or not 3 <= k <= 5 or wrong:
         return "conv2d"
     half = dtype == torch.bfloat16
-    if c_out <= 4 and c_in >= 32 and height * width >= 1024:
-        few = batch * height * width >= 8192 and not _has_amx() if half else True
-        return "few outputs" if few else "conv2d"
+    if 1 <= c_out <= 4 and c_in >= 32 and height * width >= 1024:
+        small = k * k * c_out * height * width <= _MAPS  # those of one image
+        pays = not half or (batch * height * width >= 8192 and not _has_amx())
+        return "few outputs" if small and pays else "conv2d"
     m = _TILE + 1 - k
     tiles = batch * -(-height // m) * -(-width // m)
     enough = min(c_in, c_out) >= 16 and c_in * c_out >= 1024 and tiles >= 96

@@ -397,11 +397,30 @@ def test_compiles_and_exports_in_one_graph(layout):
     torch.testing.assert_close(program.module()(other), layer(other))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+def test_a_gradient_penalty_under_autocast(activation):
+    """Whose second derivative flows through sums in float32 of gradients in bfloat16."""
+    sizes = dict(batch=3, latents=2, maps=2, channels=3, height=5, width=7, kernel=(4, 3))
+    exact = tensors(sizes)
+    upstream = torch.randn(3, 3, 5, 7).bfloat16()
+
+    def derivatives(arguments, upstream, backend, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = broadcast_conv2d(*arguments, activation=activation, backend=backend)
+        first = torch.autograd.grad(out, arguments, upstream, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), arguments[:3])
+
+    expected = derivatives(exact, upstream.double(), "reference", False)
+    found = derivatives([t.detach().float().requires_grad_() for t in exact], upstream, "torch", True)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 1e-5 * b.norm()
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", [None, "relu", "elu"])
 def test_batches_of_gradients(activation, layout):
-    """autograd.grad(..., is_grads_batched=True), as jacobian and hessian do it with vectorize=True."""
+    """autograd.grad(..., is_grads_batched=True), as jacobian and hessian do it with vectorize=True, and torch.vmap."""
     sizes = dict(batch=3, latents=2, maps=2, channels=3, height=5, width=7, kernel=(4, 3))
     arguments = tensors(sizes)
     stack = torch.randn(4, 3, 3, 5, 7, dtype=torch.float64)
@@ -413,7 +432,9 @@ def test_batches_of_gradients(activation, layout):
         out = layer(*arguments, backend=backend)
         loss = lambda z: layer(z, *arguments[1:], backend=backend).pow(3).sum()
         hessian = torch.autograd.functional.hessian(loss, arguments[0], vectorize=True)
-        return hessian, *torch.autograd.grad(out, arguments, stack, is_grads_batched=True)
+        batched = torch.autograd.grad(out, arguments, stack, is_grads_batched=True, retain_graph=True)
+        mapped = torch.vmap(lambda g: torch.autograd.grad(out, arguments, g, retain_graph=True))(stack)
+        return hessian, *batched, *mapped
 
     got, expected = derivatives("torch"), derivatives("reference")
     torch.testing.assert_close(got, expected)
