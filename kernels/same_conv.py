@@ -89,6 +89,7 @@ contiguous | channels last | bfloat16, channels last:
     64 -> 3, 256x256    2.2 / 3.2 | 2.2 / 1.6 | 0.8 / 2.4     B=1
     64 -> 6, 64x64      1.8 / 1.9 | 1.6 / 1.1 | 1.0 / 1.3     (not taken)
     32 -> 8, 64x64      1.0 / 1.1 | 0.9 / 0.6 | 0.5 / 0.8     (not taken)
+
 Only on a CPU, Winograd only in float32 and not under autocast, and neither under torch.compile,
 torch.func's transforms, forward-mode derivatives or torch.jit.trace; all else is the padded
 F.conv2d. Where Winograd does not pay: few channels, small images, CPUs with bf16 units (then use
