@@ -39,7 +39,7 @@ import numpy as np
 
 if __name__ == "__main__":  # as in sbvae.py, for the runs that --reproduce trains
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
 
