@@ -103,9 +103,22 @@ def _reference(z, coords, weight, bias, pads, activation):
 # --- torch: factorised ----------------------------------------------------------------------------
 
 
-def _constant_map(coords, weight, bias, pads):
-    """P (C,Ho,Wo): what the coordinates and the bias contribute; the same for every image."""
-    return F.conv2d(F.pad(coords, pads)[None], weight, bias)[0]
+def _constant_map(coords, weight, bias, pads, channels_last=False):
+    """P (C,Ho,Wo): what the coordinates and the bias contribute; the same for every image.
+
+    As a matrix product it comes out in either format, and so do its gradients; libraries have no
+    fast convolution of two channels and one image.
+    """
+    kh, kw = weight.shape[2:]
+    padded = F.pad(coords, pads)
+    windows = F.unfold(padded[None], (kh, kw))[0]  # (M*kh*kw, Ho*Wo)
+    taps = weight.flatten(1)
+    if channels_last:
+        P = windows.t() @ taps.t() if bias is None else torch.addmm(bias, windows.t(), taps.t())
+        P = P.t()
+    else:
+        P = taps @ windows if bias is None else torch.addmm(bias[:, None], taps, windows)
+    return P.unflatten(1, (padded.shape[1] - kh + 1, padded.shape[2] - kw + 1))
 
 
 def _class_map(z, weight, pads, height, width):
@@ -117,8 +130,10 @@ def _class_map(z, weight, pads, height, width):
     """
     channels, latents, kh, kw = weight.shape
     ones = F.pad(weight.new_ones(1, 1, min(height, kh), min(width, kw)), pads)
-    taps = F.conv2d(ones, weight.reshape(channels * latents, 1, kh, kw))  # (1, C*K, R, Q)
-    return torch.einsum("bk,ckrq->bcrq", z, taps.view(channels, latents, *taps.shape[2:]))
+    inside = F.unfold(ones, (kh, kw))[0]  # (kh*kw, R*Q), 1 where a class has the tap
+    taps = weight.reshape(channels * latents, kh * kw) @ inside
+    sizes = channels, latents, ones.shape[2] - kh + 1, ones.shape[3] - kw + 1
+    return torch.einsum("bk,ckrq->bcrq", z, taps.view(sizes))
 
 
 def _spread(x, dim, before, repeats):
@@ -133,39 +148,45 @@ class _BroadcastAdd(torch.autograd.Function):
     """act(P[c,y,x] + S[b,c,r(y),q(x)]): the one large pass; saves P and S, which are small.
 
     On a CPU it goes through the batch in pieces that stay in the second-level cache, so that the
-    additions, the activation and the change of dtype together touch memory once.
+    additions, the activation and the change of dtype together touch memory once. In bfloat16 the
+    sums of the backward pass go through whole batches: that is half the bytes, and the activation's
+    mask comes from the output, which the next layer keeps anyway.
     """
 
     @staticmethod
     def forward(ctx, P, S, before, repeats, activation, dtype, memory_format):
-        ctx.save_for_backward(P, S)
         ctx.arguments = before, repeats, activation, memory_format
         shape = len(S), *P.shape
         out = torch.empty(shape, dtype=dtype, device=P.device, memory_format=memory_format)
-        P = _rows(P[None], memory_format)
-        wide = _rows(_spread(S, 3, before[1], repeats[1]), memory_format)
+        ctx.whole = dtype == torch.bfloat16 and P.device.type == "cpu" and activation != "elu"
+        ctx.save_for_backward(P, S, *[out] * (ctx.whole and activation == "relu"))
+        P, wide = _rows(P[None], memory_format), _wide(S, before[1], repeats[1], memory_format)
         target, chunks = _rows(out, memory_format), _chunks(P, len(S))
         # float32 until the last step: a half-precision sum of halves would round three times
         # (on a GPU the addition rounds once, into the output, by itself)
         buffers = None
         if chunks and dtype != P.dtype and P.device.type == "cpu":
             buffers = torch.empty_like(target[chunks[0]], dtype=P.dtype)
+        top, end = before[0], before[0] + repeats[0]
+        middle = wide[:, :, top : top + 1]
         for chunk in chunks:
             here = target[chunk]
             buffer = here if buffers is None else buffers[: len(here)]
-            _add_rows(P, wide[chunk], before[0], repeats[0], buffer)
+            torch.add(P, middle[chunk], out=buffer)  # as if every row were of this class
             if activation == "relu":
                 buffer.relu_()
             elif activation == "elu":
                 F.elu(buffer, inplace=True)
             if buffer is not here:
                 here.copy_(buffer)
+        for rows, classes in (slice(top), slice(top)), (slice(end, None), slice(top + 1, None)):
+            target[:, :, rows] = _ACTIVATIONS[activation](P[:, :, rows] + wide[:, :, classes])
         return out
 
     @staticmethod
     def backward(ctx, grad):
         aten = torch.ops.aten
-        P, S = ctx.saved_tensors
+        P, S, *out = ctx.saved_tensors
         before, repeats, activation, memory_format = ctx.arguments
         if torch.is_grad_enabled() or _batched(grad):  # a second derivative is wanted, or many at once
             g, pre = grad.to(P.dtype), _broadcast_add(P, S, before, repeats)
@@ -175,33 +196,37 @@ class _BroadcastAdd(torch.autograd.Function):
                 g = aten.elu_backward(g, 1, 1, 1, False, pre)
             grad_S = _gather(_gather(g, 2, before[0], repeats[0]), 3, before[1], repeats[1])
             return g.sum(0), grad_S, None, None, None, None, None
-        P = _rows(P[None], memory_format)
-        grad = _rows(grad, memory_format)
-        wide = _rows(_spread(S, 3, before[1], repeats[1]), memory_format)
-        grad_P, grad_wide = torch.zeros_like(P[0]), torch.empty_like(wide)
+        if out:  # which also makes it dense
+            grad = aten.threshold_backward(grad, out[0], 0)
+        P, grad = _rows(P[None], memory_format), _rows(grad, memory_format)
         top, repeats_y = before[0], repeats[0]
-        chunks = _chunks(P, len(S))
-        buffers = torch.empty_like(grad[chunks[0]], dtype=P.dtype) if chunks else None
-        for chunk in chunks:
-            g = grad[chunk].to(P.dtype)
-            if activation is not None:  # the mask is computed again, not saved
-                pre = buffers[: len(g)]
-                _add_rows(P, wide[chunk], top, repeats_y, pre)
-                if activation == "relu":
-                    aten.threshold_backward(g, pre, 0, grad_input=pre)
-                else:
-                    aten.elu_backward(g, 1, 1, 1, False, pre, grad_input=pre)
-                g = pre
-            grad_P += g.sum(0) if len(g) > 1 else g[0]
-            classes = grad_wide[chunk]
-            classes[:, :, :top] = g[:, :, :top]
-            torch.sum(g[:, :, top : top + repeats_y], 2, out=classes[:, :, top])
-            classes[:, :, top + 1 :] = g[:, :, top + repeats_y :]
-        if memory_format == torch.channels_last:  # back from rows to (.., C, y, x)
-            channels = S.shape[1]
-            grad_P = grad_P[0].unflatten(1, (-1, channels)).permute(2, 0, 1)
-            grad_wide = grad_wide[:, 0].unflatten(2, (-1, channels)).permute(0, 3, 1, 2)
-        return grad_P, _gather(grad_wide, 3, before[1], repeats[1]), None, None, None, None, None
+        if ctx.whole:  # each sum is taken in float32 and rounded once
+            grad_P = grad.sum(0).to(P.dtype)
+            grad_wide = _gather(grad, 2, top, repeats_y).to(P.dtype)
+        else:
+            wide = _wide(S, before[1], repeats[1], memory_format)
+            grad_P, grad_wide = torch.zeros_like(P[0]), torch.empty_like(wide)
+            chunks = _chunks(P, len(S))
+            buffers = torch.empty_like(grad[chunks[0]], dtype=P.dtype) if chunks else None
+            for chunk in chunks:
+                g = grad[chunk].to(P.dtype)
+                if activation is not None:  # the mask is computed again, not saved
+                    pre = buffers[: len(g)]
+                    _add_rows(P, wide[chunk], top, repeats_y, pre)
+                    if activation == "relu":
+                        aten.threshold_backward(g, pre, 0, grad_input=pre)
+                    else:
+                        aten.elu_backward(g, 1, 1, 1, False, pre, grad_input=pre)
+                    g = pre
+                grad_P += g.sum(0) if len(g) > 1 else g[0]
+                classes = grad_wide[chunk]
+                classes[:, :, :top] = g[:, :, :top]
+                torch.sum(g[:, :, top : top + repeats_y], 2, out=classes[:, :, top])
+                classes[:, :, top + 1 :] = g[:, :, top + repeats_y :]
+        if memory_format == torch.channels_last:  # back from rows to (C,y,x)
+            grad_P = grad_P[0].unflatten(1, (-1, S.shape[1])).permute(2, 0, 1)
+        grad_S = _narrow(grad_wide, S.shape[1], before[1], repeats[1], memory_format)
+        return grad_P, grad_S, None, None, None, None, None
 
 
 def _rows(x, memory_format):
@@ -209,6 +234,21 @@ def _rows(x, memory_format):
     x = x.contiguous(memory_format=memory_format)
     last = memory_format == torch.channels_last
     return x.permute(0, 2, 3, 1).flatten(2)[:, None] if last else x
+
+
+def _wide(S, before, repeats, memory_format):
+    """S (B,C,R,Q) with its columns repeated from classes to pixels, as `_rows`."""
+    if memory_format == torch.channels_last:
+        return _spread(S.permute(0, 2, 3, 1).contiguous(), 2, before, repeats).flatten(2)[:, None]
+    return _spread(S, 3, before, repeats)
+
+
+def _narrow(rows, channels, before, repeats, memory_format):
+    """The transpose of `_wide`."""
+    if memory_format == torch.channels_last:
+        rows = rows[:, 0].unflatten(2, (-1, channels))
+        return _gather(rows, 2, before, repeats).permute(0, 3, 1, 2)
+    return _gather(rows, 3, before, repeats)
 
 
 def _chunks(P, batch):
@@ -254,7 +294,7 @@ def _torch(z, coords, weight, bias, pads, activation, coords_first, channels_las
     else:
         w_z, w_coords = weight.split([latents, maps], 1)
     S = _class_map(z, w_z, pads, height, width)
-    P = _constant_map(coords, w_coords, bias, pads)
+    P = _constant_map(coords, w_coords, bias, pads, channels_last)
     repeats = max(height - weight.shape[2] + 1, 1), max(width - weight.shape[3] + 1, 1)
     before = min(pads[2], S.shape[2] - 1), min(pads[0], S.shape[3] - 1)
     if torch.compiler.is_compiling() or _stepwise():  # a compiler fuses the plain form itself
