@@ -238,6 +238,9 @@ class _FewOut(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         (c_out, c_in, kh, kw), (height, width) = weight.shape, x.shape[2:]
+        if _has_amx(x):
+            out = _symmetric(x, weight, bias)[:, :, 1 - kh % 2 :, 1 - kw % 2 :]
+            return out.contiguous(memory_format=_format(x))
         taps = weight.permute(2, 3, 0, 1).reshape(-1, c_in).to(x.dtype)
         left, _, top, _ = _pads(kh, kw)
         out = torch.empty_like(x[:, :1].expand(-1, c_out, -1, -1), memory_format=_format(x))
@@ -265,9 +268,15 @@ class _FewOut(torch.autograd.Function):
         c_out, c_in, kh, kw = weight.shape
         need_x, need_weight, need_bias = ctx.needs_input_grad
         taps = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, c_in).to(x.dtype)
-        grad_x = torch.empty_like(x, memory_format=_format(x)) if need_x else None
+        grad_x = None
+        if need_x and _has_amx(x):
+            grad_x = _symmetric(grad, weight.flip(2, 3).transpose(0, 1), None)
+            grad_x, need_x = grad_x[:, :, : x.shape[2], : x.shape[3]], False
+        elif need_x:
+            grad_x = torch.empty_like(x, memory_format=_format(x))
         d_taps = torch.zeros_like(taps, dtype=torch.float32)
         left, right, top, bottom = _pads(kh, kw)
+        grad = grad.contiguous()  # so that windows are made of rows
         step = _images(taps, x)
         for i in range(0, len(x) if need_x or need_weight else 0, step):
             windows = F.pad(grad[i : i + step], (right, left, bottom, top))
@@ -288,6 +297,13 @@ class _FewOut(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def _symmetric(x, weight, bias):
+    """The convolution with k//2 zeros on all sides, which it adds without a copy. For an even k it
+    has a row and a column too many: the first ones, and in its transpose the last ones."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=[k // 2 for k in weight.shape[2:]])
+
+
 def _images(taps, x):
     """How many images of x make a piece."""
     return max(1, _MAPS // (len(taps) * x.shape[2] * x.shape[3]))
@@ -298,6 +314,34 @@ def _shifted(by, size):
     return slice(max(-by, 0), size - max(by, 0)), slice(max(by, 0), size + min(by, 0))
 
 
+# --- bfloat16, many channels ----------------------------------------------------------------------
+
+
+class _Padded(torch.autograd.Function):
+    """The plain convolution, with two passes over memory less: F.pad writes zeros everywhere first,
+    and copies its gradient, where a view will do."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x, weight, bias):
+        left, right, top, bottom = _pads(*weight.shape[2:])
+        batch, c_in, height, width = x.shape
+        shape = batch, c_in, top + height + bottom, left + width + right
+        padded = torch.empty(shape, dtype=x.dtype, memory_format=_format(x))
+        padded[:, :, :top], padded[:, :, top + height :] = 0, 0
+        padded[:, :, :, :left], padded[:, :, :, left + width :] = 0, 0
+        padded[:, :, top : top + height, left : left + width] = x
+        ctx.save_for_backward(x, padded, weight)
+        return F.conv2d(padded, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        x, padded, weight = ctx.saved_tensors
+        again = torch.is_grad_enabled() or _batched(grad)
+        return _plain_backward(grad, x, weight, ctx.needs_input_grad, None if again else padded)
+
+
 # --- public ---------------------------------------------------------------------------------------
 
 
@@ -306,12 +350,14 @@ def _pads(kh, kw):
     return (kw - 1) // 2, kw // 2, (kh - 1) // 2, kh // 2
 
 
-def _plain_backward(grad, x, weight, need):
-    """Gradients of x, weight and bias in operations that PyTorch differentiates and slices."""
+def _plain_backward(grad, x, weight, need, padded=None):
+    """Gradients of x, weight and bias in operations that PyTorch differentiates and slices; `padded`
+    is x with its zeros, if it need not do so."""
     left, _, top, _ = pads = _pads(*weight.shape[2:])
+    padded = F.pad(x, pads) if padded is None else padded
     once = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, no transpose, groups
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, F.pad(x, pads), weight.to(x.dtype), [len(weight)], *once, list(need)
+        grad, padded, weight.to(x.dtype), [len(weight)], *once, list(need)
     )
     if dx is not None:
         dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
@@ -346,6 +392,8 @@ def same_conv2d(x, weight, bias=None):
         x, weight, bias = (t if t is None else t.detach() for t in (x, weight, bias))
     if path == "winograd":
         return _Winograd.apply(x, weight, bias)
+    if path == "padded":
+        return _Padded.apply(x.to(_dtype(x)), weight, bias)
     return _FewOut.apply(x.to(_dtype(x)), weight, bias)
 
 
@@ -355,7 +403,7 @@ def _dtype(x):
 
 
 def _path(x, weight, bias):
-    """Which of "winograd", "few outputs" and "conv2d" takes these arguments."""
+    """Which of "winograd", "few outputs", "padded" and "conv2d" takes these arguments."""
     given = [t for t in (x, weight, bias) if t is not None]
     dtype, autocast = _dtype(x), torch.is_autocast_enabled("cpu")
     taken = (torch.float32, torch.bfloat16)
@@ -378,13 +426,17 @@ def _path(x, weight, bias):
     half = dtype == torch.bfloat16
     if 1 <= c_out <= 4 and c_in >= 32 and height * width >= 1024:
         small = k * k * c_out * height * width <= _MAPS  # those of one image
-        pays = not half or (batch * height * width >= 8192 and not _has_amx())
+        pays = not half or batch * height * width >= 8192
         return "few outputs" if small and pays else "conv2d"
+    if half:
+        return "padded" if k == 4 and height * width >= 1024 else "conv2d"
     m = _TILE + 1 - k
     tiles = batch * -(-height // m) * -(-width // m)
     enough = min(c_in, c_out) >= 16 and c_in * c_out >= 1024 and tiles >= 96
-    return "winograd" if enough and not half else "conv2d"
+    return "winograd" if enough else "conv2d"
 
 
-def _has_amx():
-    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private to torch, which may drop it
+def _has_amx(x):
+    """Whether the CPU multiplies matrices of x's dtype in units of their own."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # private to torch, which may drop it
+    return _dtype(x) == torch.bfloat16 and supported()

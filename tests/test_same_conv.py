@@ -12,7 +12,7 @@ from kernels import same_conv
 from kernels.same_conv import same_conv2d
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-PATHS = {"winograd": same_conv._Winograd, "few outputs": same_conv._FewOut}
+PATHS = {"winograd": same_conv._Winograd, "few outputs": same_conv._FewOut, "padded": same_conv._Padded}
 
 
 def plain(x, weight, bias):
@@ -104,13 +104,13 @@ def test_rules():
         assert same_conv._path(*tensors) == "conv2d" and same_conv2d(*tensors).dtype == torch.bfloat16
 
 
-def test_rules_for_bfloat16(monkeypatch):
-    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
+def test_rules_for_bfloat16():
     path = lambda *sizes, **how: same_conv._path(*(t.to(**how) for t in case(*sizes)[0]))
     half = dict(dtype=torch.bfloat16)
     assert path(2, 64, 3, 64, 64, 4, **half) == path(16, 32, 1, 32, 32, 3, **half) == "few outputs"
-    assert path(1, 64, 3, 64, 64, 4, **half) == path(16, 64, 64, 64, 64, 4, **half) == "conv2d"
-    assert path(2, 64, 3, 64, 64, 4, dtype=torch.float16) == "conv2d"
+    assert path(1, 64, 3, 64, 64, 4, **half) == path(16, 64, 64, 64, 64, 3, **half) == "conv2d"
+    assert path(1, 64, 64, 64, 64, 4, **half) == path(16, 3, 8, 32, 32, 4, **half) == "padded"
+    assert path(16, 64, 64, 31, 32, 4, **half) == path(2, 64, 3, 64, 64, 4, dtype=torch.float16) == "conv2d"
     x, weight, bias = case(2, 64, 3, 64, 64, 4)[0]
     assert same_conv._path(x.bfloat16(), weight, bias) == "conv2d"  # which says what is wrong
     for dtype, expected in ((torch.bfloat16, "few outputs"), (torch.float16, "conv2d")):
@@ -118,18 +118,34 @@ def test_rules_for_bfloat16(monkeypatch):
             assert same_conv._path(x, weight, bias) == same_conv._path(x.bfloat16(), weight, None) == expected
             assert same_conv._path(x.double(), weight, bias) == "conv2d"
             assert same_conv2d(x, weight, bias).dtype == same_conv2d(x.bfloat16(), weight).dtype == dtype
-    monkeypatch.setattr(same_conv, "_has_amx", lambda: True)  # not measured there
-    assert path(2, 64, 3, 64, 64, 4, **half) == "conv2d" and path(2, 64, 3, 64, 64, 4) == "few outputs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrix_units_are_for_bfloat16(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert same_conv._has_amx(torch.zeros(1, dtype=dtype)) == (dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not same_conv._has_amx(torch.zeros(1, dtype=dtype))
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not same_conv._has_amx(torch.zeros(1, dtype=dtype))
+
+
+@pytest.fixture(params=[False, True], ids=["without AMX", "as with AMX"])
+def amx(request, monkeypatch):
+    """Both forms run on any CPU."""
+    monkeypatch.setattr(same_conv, "_has_amx", lambda x: request.param and x.dtype == torch.bfloat16)
+    return request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("sizes", [
-    (3, 64, 3, 61, 64, 4), (8, 32, 4, 40, 33, 3), (5, 64, 1, 48, 50, 5), (128, 32, 1, 34, 33, 3),
+@pytest.mark.parametrize("path, sizes", [
+    ("few outputs", (3, 64, 3, 61, 64, 4)), ("few outputs", (8, 32, 4, 40, 33, 3)),
+    ("few outputs", (5, 64, 1, 48, 50, 5)), ("few outputs", (128, 32, 1, 34, 33, 3)),
+    ("padded", (3, 24, 16, 61, 40, 4)), ("padded", (2, 64, 64, 33, 34, 4)),
 ])
-def test_few_outputs_in_bfloat16(sizes, autocast, layout, monkeypatch):
+def test_bfloat16(path, sizes, autocast, layout, amx, monkeypatch):
     """Against float64 on the same bfloat16 numbers: the errors of the plain convolution, or a little more."""
-    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
     monkeypatch.setattr(same_conv, "_MAPS", 300_000)  # in pieces: 1, 1, 1; 6, 2; 5; 128 images of 1
     tensors, upstream = case(*sizes, layout=layout)
     tensors = [t.bfloat16().detach() for t in tensors]
@@ -139,15 +155,15 @@ def test_few_outputs_in_bfloat16(sizes, autocast, layout, monkeypatch):
     for name, layer in (("ours", same_conv2d), ("plain", plain)):
         leaves = [t.clone().requires_grad_() for t in given]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert same_conv._path(*leaves) == "few outputs"
+            assert same_conv._path(*leaves) == path
             got = results(layer, leaves, upstream)  # backward inside autocast, too
             assert all(g.dtype == t.dtype for g, t in zip(got[1:], leaves, strict=True))
         assert got[0].dtype == torch.bfloat16
         if name == "ours":
-            assert all(g.is_contiguous(memory_format=LAYOUTS[layout]) for g in got[:2])
+            assert got[0].is_contiguous(memory_format=LAYOUTS[layout])
         rms[name] = [((a - e).square().mean() / e.square().mean()).sqrt() for a, e in zip(got, expected, strict=True)]
     assert max(rms["ours"]) < 4e-3 and rms["ours"][2] < 2.7e-3  # rounded once, however many pieces
-    assert not autocast or rms["ours"][3] < 1e-5  # the bias and its gradient stay in float32
+    assert not autocast or path == "padded" or rms["ours"][3] < 1e-5  # the bias's gradient stays in float32
     assert all(a < 2 * b + 1e-6 for a, b in zip(rms["ours"], rms["plain"], strict=True)), rms
 
 
@@ -319,9 +335,8 @@ def test_training_with_it_is_training_without(monkeypatch):
 
 @pytest.mark.parametrize("c_out", [64, 3])
 @pytest.mark.parametrize("forward, backward", [(False, True), (True, False), (True, True)])
-def test_backward_in_the_precision_of_forward(c_out, forward, backward, monkeypatch):
+def test_backward_in_the_precision_of_forward(c_out, forward, backward, amx):
     """Whatever autocast says when it runs."""
-    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
     tensors, upstream = case(2, 64, c_out, 64, 64, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=forward):
         out = same_conv2d(*tensors)
@@ -335,10 +350,10 @@ def test_backward_in_the_precision_of_forward(c_out, forward, backward, monkeypa
         assert close(found, expected)
 
 
-def test_bfloat16_derivatives_are_those_of_the_plain_convolution(monkeypatch):
+@pytest.mark.parametrize("c_out", [64, 3])
+def test_bfloat16_derivatives_are_those_of_the_plain_convolution(c_out, amx):
     """Under autocast: a gradient penalty, and a stack of gradients."""
-    monkeypatch.setattr(same_conv, "_has_amx", lambda: False)
-    tensors, upstream = case(2, 64, 3, 64, 64, 4)
+    tensors, upstream = case(2, 64, c_out, 64, 64, 4)
     found = {}
     for layer in (same_conv2d, plain):
         with torch.autocast("cpu", torch.bfloat16):
