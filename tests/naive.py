@@ -1,10 +1,12 @@
 """The broadcast VAE of Table 1 written out the plainest way: an independent reference for the tests, and the
 baseline for speed. fp32, NCHW, expand + cat + conv2d, Adam without fusion.
 
-    python tests/naive.py [--steps 20]     # steps per second of this and of sbvae.py, in turn, in one run
+    python tests/naive.py [--turns 12]     # steps per second of this and of sbvae.py, in turn, in one run
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,23 +68,45 @@ def our_step():
     return lambda: sbvae.training_step(config, data, generator, model, adam)
 
 
+STEPS = {"naive": naive_step, "sbvae": our_step}
+
+
+def serve(name):
+    """For each line of input five steps, after one that fills the caches; the answer is the mean in seconds."""
+    if name == "sbvae":
+        sbvae.prepare_process()  # as the program does
+    step = STEPS[name]()
+    for _ in sys.stdin:
+        step()
+        begun = time.perf_counter()
+        for _ in range(5):
+            step()
+        print((time.perf_counter() - begun) / 5, flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=12, help="of five steps each")
+    parser.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    steps = {"naive": naive_step(), "sbvae": our_step()}
-    times = {name: [] for name in steps}
-    for _ in range(5):
-        for step in steps.values():
-            step()
-    for _ in range(arguments.steps):  # in turn, so that a machine that slows down slows both
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begun)
+    if arguments.serve:
+        return serve(arguments.serve)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A process each, for how they use memory is part of what differs; neither's threads spin long after its turn
+    environment = {"GOMP_SPINCOUNT": "30000"} | os.environ
+    workers = {name: subprocess.Popen([sys.executable, __file__, "--serve", name], env=environment, **pipes)
+               for name in STEPS}
+    times = {name: [] for name in STEPS}
+    for i in range(arguments.turns + 2):  # in turn, so that a machine that slows down slows both; two to warm up
+        for name, worker in workers.items():
+            print(file=worker.stdin, flush=True)
+            times[name] += [float(worker.stdout.readline())] * (i > 1)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
     for name, seconds in times.items():
         median = sorted(seconds)[len(seconds) // 2]
-        print(f"{name}: {1e3 * median:6.1f} ms a step, {1 / median:5.2f} steps/s (median of {len(seconds)})")
+        print(f"{name}: {1e3 * median:6.1f} ms a step, {1 / median:5.2f} steps/s (median of {len(seconds)} turns)")
     ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
     print(f"sbvae is {ratios[len(ratios) // 2]:.2f} x as fast (20-80%: {ratios[len(ratios) // 5]:.2f} to "
           f"{ratios[-len(ratios) // 5]:.2f}), {torch.get_num_threads()} threads")

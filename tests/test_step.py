@@ -84,3 +84,10 @@ def test_the_ladder_is_relative_to_naive(monkeypatch):
 def test_replicas_train_side_by_side():
     (n, threads, each, together), = step.replicas("cpu", [2], 8, ["--conv-layers", "1", "--batch-size", "2"])
     assert n == 2 and threads >= 1 and together == pytest.approx(2 * each) and each > 0
+
+
+def test_the_program_is_timed_in_a_process_of_its_own():
+    changes = dict(decoder="deconv", batch_size=2)
+    assert step.trained(sbvae, changes, "cpu", 8) > 0
+    with pytest.raises(RuntimeError, match="error: .*--cuda-graph"):
+        step.trained(sbvae, changes | dict(cuda_graph=True), "cpu", 8)
