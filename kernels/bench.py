@@ -267,6 +267,8 @@ def device_name(device):
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     units = torch.backends.cpu.get_cpu_capability()  # many a virtual machine tells no more of its CPU
+    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # private to torch, which may drop it
+        units += " and AMX"
     return f"{name}, {units}, {torch.get_num_threads()} threads"
 
 

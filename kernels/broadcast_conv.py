@@ -30,7 +30,7 @@ be saved. The two sums over g
 come from one read of it, and all else is small again: dP gives the gradient of the coordinates'
 weights and of the bias, dS that of z (dS @ taps^T) and of the latents' weights (z^T @ dS, spread
 over the taps of each class). Saved for it: z, coords, weight and bias (the PyTorch form saves P and
-S too, C*Ho*Wo and B*C*R*Q numbers).
+S too, C*Ho*Wo and B*C*R*Q numbers, and in bfloat16 on a CPU the output, for its ReLU's mask).
 
 What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), float32, millions:
 
@@ -42,7 +42,8 @@ What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), float3
     triton      4.7 (the output 4.2, P twice 0.3)               8.6    4.7 (read g 4.2, dP)     17
 
 that is 64 MB against 19 forward. The output or its gradient alone, 17 MB, is the floor, and the
-bytes that kernels/bench.py counts.
+bytes that kernels/bench.py counts. In bfloat16 a CPU's backward pass goes eagerly through the whole
+batch, 25 million numbers of half the size: in pieces it took longer, as a sum over few images does.
 
 Where it does not pay. On an 8x8 grid with k=5, 25 classes for 64 pixels, S is nearly as large as
 the output and launching the kernels costs more than running them. And this layer is 15% of the
@@ -56,11 +57,11 @@ Three forms, chosen by `backend`:
 "auto" takes triton on a GPU where it can and torch otherwise; on a CPU it takes the reference for
 layers of less than 16 million multiply-adds (52 million in bfloat16), where that is quicker.
 Measured on one core of a Zen 4 CPU (AVX512-BF16, no AMX), forward + backward of the paper's layer,
-torch is 9 times as fast as the reference in float32 and 4 times in bfloat16. Not measured: CPUs
-with AMX, whose plain bfloat16 convolution is faster. Under torch.compile on a CPU the torch form is
-handed to the compiler as plain sums, which come out slower than the eager form. Plain sums are
-taken for torch.func's transforms, forward-mode derivatives and torch.jit.trace, too, which must see
-every step.
+torch is 9 times as fast as the reference in float32 and 4 times in bfloat16; on a Xeon with AMX,
+whose plain bfloat16 convolution is faster, still 2.1 (NCHW) and 2.5 times (channels last). Under
+torch.compile on a CPU the torch form is handed to the compiler as plain sums, which come out slower
+than the eager form. Plain sums are taken for torch.func's transforms, forward-mode derivatives and
+torch.jit.trace, too, which must see every step.
 
 The Triton kernels sum in float32, never TensorFloat-32 (S = z @ taps and its gradients are PyTorch
 matrix products and follow its setting), and round once, on writing. Under autocast the output has

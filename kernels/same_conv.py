@@ -5,8 +5,8 @@
 x (B,C,H,W), weight (D,C,k,k). For k=4 one row of zeros goes before, two after. Of a training step
 of Watters et al. (2019) on a CPU nearly all is the layer 64 -> 64 at 64x64: k*k*C*D = 65,536
 multiply-adds for each pixel. Units for half precision do them faster; without such units there is
-only doing fewer. Two ways, of which the second pays in half precision, too, and the plain
-convolution for the rest:
+only doing fewer. Two ways, of which the second pays in half precision, too, and for the rest the
+plain convolution, which in half precision is spared two passes over memory:
 
 Winograd (many channels). One axis first. The m outputs y_i = sum_j w_j x_(i+j) of a tile of m+k-1
 inputs would take m*k products. Now let polynomials w(t) and v(t) have k and m coefficients. Their
@@ -42,7 +42,9 @@ times x): to make it again would take a sixth longer. x is kept, too, for a seco
 Few outputs (64 -> 3). A convolution library fills its vectors with output channels, and 3 fill
 none. First multiply, then move: every pixel's products with all k*k*D rows of weight are one matrix
 product (k*k*D,C) @ (C,H*W), and the output is the sum of k*k shifted maps of D channels. Backward
-shifts dy, k*k*D maps, and two products of that size give dx and dweight.
+shifts dy, k*k*D maps, and two products of that size give dx and dweight. Where a CPU has units for
+whole matrices (AMX, bfloat16), dweight alone is done so: for the output and dx the convolution is
+quick enough there.
 
 Errors. float32, against float64, relative to the rms of the exact result, for weights and ReLU
 activations as the decoder has them (64 -> 64, k=4), rms / largest:
@@ -77,18 +79,27 @@ contiguous | channels last:
     k=2, 64 -> 64       0.7 / 1.1 | 0.7 / 1.4     (not taken)
 
 Few outputs where D <= 4, C >= 32, k is 3 to 5, H*W >= 1024 and k*k*D*H*W <= 2^22; in bfloat16 where
-also B*H*W >= 8192 and the CPU has no AMX, with which it was not measured. Zen 4 (AVX512-BF16),
-contiguous | channels last | bfloat16, channels last:
+also B*H*W >= 8192. Zen 4 (AVX512-BF16), contiguous | channels last | bfloat16, channels last || the
+last on a Xeon with AMX:
 
-    64 -> 3, 64x64      3.8 / 3.6 | 2.4 / 1.9 | 1.9 / 2.3
-    64 -> 1, 64x64      7.0 / 10  | 4.6 / 4.0 | 3.8 / 5.2
-    k=3, 64 -> 4        3.9 / 4.4 | 2.1 / 1.7 | 1.4 / 1.9
-    32 -> 3, 64x64      2.6 / 2.8 | 2.2 / 1.3 | 1.2 / 1.7
-    32 -> 4, 64x64      2.1 / 2.1 | 1.9 / 1.1 | 1.0 / 1.3
-    k=5, 32 -> 4        0.9 / 2.2 | 1.6 / 1.1 | 0.9 / 1.3
-    64 -> 3, 256x256    2.2 / 3.2 | 2.2 / 1.6 | 0.8 / 2.4     B=1
-    64 -> 6, 64x64      1.8 / 1.9 | 1.6 / 1.1 | 1.0 / 1.3     (not taken)
-    32 -> 8, 64x64      1.0 / 1.1 | 0.9 / 0.6 | 0.5 / 0.8     (not taken)
+    64 -> 3, 64x64      3.8 / 3.6 | 2.4 / 1.9 | 1.9 / 2.3 || 1.6 / 1.7
+    64 -> 1, 64x64      7.0 / 10  | 4.6 / 4.0 | 3.8 / 5.2 || 1.7 / 1.0
+    k=3, 64 -> 4        3.9 / 4.4 | 2.1 / 1.7 | 1.4 / 1.9 || 1.0 / 1.1
+    32 -> 3, 64x64      2.6 / 2.8 | 2.2 / 1.3 | 1.2 / 1.7 || 1.3 / 1.6
+    32 -> 4, 64x64      2.1 / 2.1 | 1.9 / 1.1 | 1.0 / 1.3 || 1.3 / 1.4
+    k=5, 32 -> 4        0.9 / 2.2 | 1.6 / 1.1 | 0.9 / 1.3 || 1.0 / 1.0
+    64 -> 3, 256x256    2.2 / 3.2 | 2.2 / 1.6 | 0.8 / 2.4 || 0.9 / 2.1     B=1
+    64 -> 6, 64x64      1.8 / 1.9 | 1.6 / 1.1 | 1.0 / 1.3                  (not taken)
+    32 -> 8, 64x64      1.0 / 1.1 | 0.9 / 0.6 | 0.5 / 0.8                  (not taken)
+
+Padded without the two passes: bfloat16, channels last, k = 4 and B*C*H*W >= 2^21. Xeon with AMX:
+
+    64 -> 64, 64x64     1.05 / 1.08
+    32 -> 32, 64x64     1.03 / 1.04
+    64 -> 16, 64x64     1.07 / 1.12
+    64 -> 64, 128x128   1.07 / 1.06
+    64 -> 64, 32x32     0.97 / 0.99     (1,048,576 numbers: not taken)
+    64 -> 64, 64x64     0.93 / 0.98     B=2 (not taken)
 
 Only on a CPU, Winograd only in float32 and not under autocast, and neither under torch.compile,
 torch.func's transforms, forward-mode derivatives or torch.jit.trace; all else is the padded
@@ -429,7 +440,8 @@ def _path(x, weight, bias):
         pays = not half or batch * height * width >= 8192
         return "few outputs" if small and pays else "conv2d"
     if half:
-        return "padded" if k == 4 and height * width >= 1024 else "conv2d"
+        large = x.numel() >= 2**21 and _format(x) == torch.channels_last
+        return "padded" if k == 4 and large else "conv2d"
     m = _TILE + 1 - k
     tiles = batch * -(-height // m) * -(-width // m)
     enough = min(c_in, c_out) >= 16 and c_in * c_out >= 1024 and tiles >= 96

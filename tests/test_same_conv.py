@@ -105,12 +105,15 @@ def test_rules():
 
 
 def test_rules_for_bfloat16():
-    path = lambda *sizes, **how: same_conv._path(*(t.to(**how) for t in case(*sizes)[0]))
-    half = dict(dtype=torch.bfloat16)
+    def path(*sizes, layout="contiguous", **how):
+        return same_conv._path(*(t.to(**how) for t in case(*sizes, layout=layout)[0]))
+
+    half, last = dict(dtype=torch.bfloat16), dict(dtype=torch.bfloat16, layout="channels_last")
     assert path(2, 64, 3, 64, 64, 4, **half) == path(16, 32, 1, 32, 32, 3, **half) == "few outputs"
     assert path(1, 64, 3, 64, 64, 4, **half) == path(16, 64, 64, 64, 64, 3, **half) == "conv2d"
-    assert path(1, 64, 64, 64, 64, 4, **half) == path(16, 3, 8, 32, 32, 4, **half) == "padded"
-    assert path(16, 64, 64, 31, 32, 4, **half) == path(2, 64, 3, 64, 64, 4, dtype=torch.float16) == "conv2d"
+    assert path(8, 64, 64, 64, 64, 4, **last) == path(16, 128, 8, 32, 32, 4, **last) == "padded"
+    assert path(8, 64, 64, 64, 64, 4, **half) == path(8, 64, 64, 64, 64, 3, **last) == "conv2d"
+    assert path(7, 64, 64, 64, 64, 4, **last) == path(2, 64, 3, 64, 64, 4, dtype=torch.float16) == "conv2d"
     x, weight, bias = case(2, 64, 3, 64, 64, 4)[0]
     assert same_conv._path(x.bfloat16(), weight, bias) == "conv2d"  # which says what is wrong
     for dtype, expected in ((torch.bfloat16, "few outputs"), (torch.float16, "conv2d")):
@@ -146,6 +149,8 @@ def amx(request, monkeypatch):
 ])
 def test_bfloat16(path, sizes, autocast, layout, amx, monkeypatch):
     """Against float64 on the same bfloat16 numbers: the errors of the plain convolution, or a little more."""
+    if path == "padded":
+        monkeypatch.setattr(same_conv, "_path", lambda *_: path)
     monkeypatch.setattr(same_conv, "_MAPS", 300_000)  # in pieces: 1, 1, 1; 6, 2; 5; 128 images of 1
     tensors, upstream = case(*sizes, layout=layout)
     tensors = [t.bfloat16().detach() for t in tensors]
@@ -153,7 +158,7 @@ def test_bfloat16(path, sizes, autocast, layout, amx, monkeypatch):
     given = [t.float() if autocast else t for t in tensors]
     rms = {}
     for name, layer in (("ours", same_conv2d), ("plain", plain)):
-        leaves = [t.clone().requires_grad_() for t in given]
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in given]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert same_conv._path(*leaves) == path
             got = results(layer, leaves, upstream)  # backward inside autocast, too
@@ -350,9 +355,10 @@ def test_backward_in_the_precision_of_forward(c_out, forward, backward, amx):
         assert close(found, expected)
 
 
-@pytest.mark.parametrize("c_out", [64, 3])
-def test_bfloat16_derivatives_are_those_of_the_plain_convolution(c_out, amx):
+@pytest.mark.parametrize("c_out, path", [(64, "padded"), (3, "few outputs")])
+def test_bfloat16_derivatives_are_those_of_the_plain_convolution(c_out, path, amx, monkeypatch):
     """Under autocast: a gradient penalty, and a stack of gradients."""
+    monkeypatch.setattr(same_conv, "_path", lambda *_: path)
     tensors, upstream = case(2, 64, c_out, 64, 64, 4)
     found = {}
     for layer in (same_conv2d, plain):
