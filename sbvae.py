@@ -636,7 +636,7 @@ def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
 
 def check_pixels(images):
     """ValueError unless images lie in [0, 1], on a CPU: a GPU would have to wait. NaN passes, and shows later."""
-    if images.device.type == "cpu" and (images.amin() < 0 or images.amax() > 1):
+    if images.device.type == "cpu" and ((images < 0) | (images > 1)).any():
         raise ValueError(f"images must lie in [0, 1], not {images.min():g} to {images.max():g}")
 
 
@@ -1256,8 +1256,8 @@ def prepare_process():
     The memory that a step frees is kept for the next."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it. By itself it gives large tensors
         mallopt = ctypes.CDLL(None).mallopt  # back to the system; to get them page by page took a quarter of a step
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
-        mallopt(-4, 0)  # M_MMAP_MAX: nor kept apart, from where it would be
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap keeps up to 2 GB that are free
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors below 32 MB are in it; larger ones would leave gaps
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115

@@ -30,7 +30,8 @@ be saved. The two sums over g
 come from one read of it, and all else is small again: dP gives the gradient of the coordinates'
 weights and of the bias, dS that of z (dS @ taps^T) and of the latents' weights (z^T @ dS, spread
 over the taps of each class). Saved for it: z, coords, weight and bias (the PyTorch form saves P and
-S too, C*Ho*Wo and B*C*R*Q numbers, and in bfloat16 on a CPU the output, for its ReLU's mask).
+S too, C*Ho*Wo and B*C*R*Q numbers, the windows of up to 100 taps on the coordinates, and in bfloat16
+on a CPU the output, for its ReLU's mask: as after F.relu it must stay as it is until then).
 
 What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), float32, millions:
 
@@ -108,10 +109,12 @@ def _constant_map(coords, weight, bias, pads, channels_last=False):
     """P (C,Ho,Wo): what the coordinates and the bias contribute; the same for every image.
 
     As a matrix product it comes out in either format, and so do its gradients; libraries have no
-    fast convolution of two channels and one image.
+    fast convolution of two channels and one image. Of many channels they have, without the windows.
     """
     kh, kw = weight.shape[2:]
     padded = F.pad(coords, pads)
+    if len(coords) * kh * kw > 100:
+        return F.conv2d(padded[None], weight, bias)[0]
     windows = F.unfold(padded[None], (kh, kw))[0]  # (M*kh*kw, Ho*Wo)
     taps = weight.flatten(1)
     if channels_last:
@@ -149,9 +152,11 @@ class _BroadcastAdd(torch.autograd.Function):
     """act(P[c,y,x] + S[b,c,r(y),q(x)]): the one large pass; saves P and S, which are small.
 
     On a CPU it goes through the batch in pieces that stay in the second-level cache, so that the
-    additions, the activation and the change of dtype together touch memory once. In bfloat16 the
-    sums of the backward pass go through whole batches: that is half the bytes, and the activation's
-    mask comes from the output, which the next layer keeps anyway.
+    additions, the activation and the change of dtype together touch memory once; the few rows at
+    the edges come after it. In bfloat16 the backward pass goes through whole batches, half the
+    bytes: the mask comes from the output, which is saved as the next layer keeps it anyway, and the
+    sums over images and rows are taken in float32 and rounded to bfloat16. So the gradients' errors
+    are bfloat16's own, 1.6e-3 of their rms in the paper's layer (the reference's are 3e-2).
     """
 
     @staticmethod
@@ -201,7 +206,7 @@ class _BroadcastAdd(torch.autograd.Function):
             grad = aten.threshold_backward(grad, out[0], 0)
         P, grad = _rows(P[None], memory_format), _rows(grad, memory_format)
         top, repeats_y = before[0], repeats[0]
-        if ctx.whole:  # each sum is taken in float32 and rounded once
+        if ctx.whole:
             grad_P = grad.sum(0).to(P.dtype)
             grad_wide = _gather(grad, 2, top, repeats_y).to(P.dtype)
         else:

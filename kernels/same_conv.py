@@ -108,7 +108,8 @@ bfloat16), and two or more threads on a machine that others use, as each of the 
 operations waits for the slowest thread (measured with 3 busy processes on 2 cores: 0.7 times as
 fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). With create_graph all is the plain
 convolution's, and gradients of all that requires one are made, even if only x's was asked for.
-Until the backward pass x must stay as it is. Same input and number of threads, same bits.
+Until the backward pass x must stay as it is. In bfloat16 its gradient may be a view of a larger
+tensor (not a leaf's `.grad`). Same input and number of threads, same bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -250,8 +251,8 @@ class _FewOut(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         (c_out, c_in, kh, kw), (height, width) = weight.shape, x.shape[2:]
         if _has_amx(x):
-            out = _symmetric(x, weight, bias)[:, :, 1 - kh % 2 :, 1 - kw % 2 :]
-            return out.contiguous(memory_format=_format(x))
+            out = _symmetric(x, weight, bias)
+            return out if kh % 2 else out[:, :, 1:, 1:].contiguous(memory_format=_format(x))
         taps = weight.permute(2, 3, 0, 1).reshape(-1, c_in).to(x.dtype)
         left, _, top, _ = _pads(kh, kw)
         out = torch.empty_like(x[:, :1].expand(-1, c_out, -1, -1), memory_format=_format(x))

@@ -89,6 +89,8 @@ def main():
     parser.add_argument("--turns", type=int, default=12, help="of five steps each")
     parser.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.turns < 1:
+        parser.error("--turns must be at least 1")
     if arguments.serve:
         return serve(arguments.serve)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -232,14 +232,31 @@ def test_expanded_upstream_gradient():
         torch.testing.assert_close(*grads)
 
 
-def test_saves_no_activations():
-    """For the backward pass the torch form keeps what does not grow with the batch, and z."""
+def saved_by(layer, z):
+    """What the layer's output is, and the bytes by storage that are kept for its backward pass."""
     saved = []
-    layer = SpatialBroadcastConv2d(4, 16, 4, 32, 40, activation="relu", backend="torch")
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = layer(torch.randn(64, 4, requires_grad=True))
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        out = layer(z)
+    return out, {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+
+
+@pytest.mark.parametrize("maps", [2, 24])
+def test_saves_no_activations(maps):
+    """For the backward pass the torch form keeps what does not grow with the batch, and z."""
+    coords = torch.rand(maps, 32, 40)
+    layer = SpatialBroadcastConv2d(4, 16, 4, 32, 40, activation="relu", backend="torch", coords=coords)
+    out, stored = saved_by(layer, torch.randn(64, 4, requires_grad=True))
     assert 0 < sum(stored.values()) < out.numel() * out.element_size() / 16
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", None])
+def test_in_bfloat16_only_the_output_of_a_relu_is_saved(activation):
+    layer = SpatialBroadcastConv2d(4, 16, 4, 32, 40, activation=activation, backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, stored = saved_by(layer, torch.randn(64, 4, requires_grad=True))
+    own = stored.pop(out.untyped_storage().data_ptr(), 0)
+    assert own == (out.numel() * out.element_size() if activation == "relu" else 0)
+    assert 0 < sum(stored.values()) < out.numel() * out.element_size() / 8
 
 
 def test_autocast_gives_the_half_type_and_float32_gradients():

@@ -172,6 +172,16 @@ def test_bfloat16(path, sizes, autocast, layout, amx, monkeypatch):
     assert all(a < 2 * b + 1e-6 for a, b in zip(rms["ours"], rms["plain"], strict=True)), rms
 
 
+@pytest.mark.parametrize("path, k", [("few outputs", 3), ("few outputs", 4), ("padded", 4)])
+def test_bfloat16_outputs_may_be_changed_in_place(path, k, amx, monkeypatch):
+    monkeypatch.setattr(same_conv, "_path", lambda *_: path)
+    (x, weight, bias), upstream = case(2, 32, 3, 32, 36, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [torch.autograd.grad(act(same_conv2d(x, weight, bias)), (x, weight, bias), upstream.bfloat16())
+                 for act in (torch.relu_, torch.relu)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_rectangular_kernels_and_empty_batches():
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 3, 5, 7, generator=g), torch.randn(4, 3, 2, 5, generator=g)
@@ -342,8 +352,10 @@ def test_training_with_it_is_training_without(monkeypatch):
 @pytest.mark.parametrize("forward, backward", [(False, True), (True, False), (True, True)])
 def test_backward_in_the_precision_of_forward(c_out, forward, backward, amx):
     """Whatever autocast says when it runs."""
-    tensors, upstream = case(2, 64, c_out, 64, 64, 4)
+    tensors, upstream = case(8, 64, c_out, 64, 64, 4, layout="channels_last")
     with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+        path = {64: ("winograd", "padded"), 3: ("few outputs",) * 2}[c_out][forward]
+        assert same_conv._path(*tensors) == path
         out = same_conv2d(*tensors)
     with torch.autocast("cpu", torch.bfloat16, enabled=backward):
         grads = torch.autograd.grad(out, tensors, upstream.to(out))
