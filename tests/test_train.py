@@ -817,8 +817,8 @@ except SystemExit:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_memory_is_kept_from_step_to_step():
-    """Three tensors of 30 MB, made and freed: 7,300 pages each, and without `prepare_process` every time anew. Larger ones
-    are not kept."""
+    """Three tensors of 30 MB, made and freed: 7,300 pages each, and without `prepare_process` every time anew. Larger
+    ones are not kept."""
     code = """
 import resource, torch, sbvae
 if {prepared}:
