@@ -5,8 +5,9 @@ fusion) to what `python sbvae.py` does by itself, and further to --cuda-graph on
 --compile, which on a CPU is a step back: the data drawn, encoder, decoder, loss, backward
 pass, Adam; for FactorVAE the discriminator too. All rungs are timed in turn, step by step, in one
 run, so that a machine that slows down slows all of them; given are the median and the 20 % and 80 %
-quantiles. `python sbvae.py` is a process of its own, as it keeps the memory that a step frees. On a GPU a step ends with a synchronisation, but for the rung that replays a CUDA graph,
-which is also timed as it is used: many replays, one wait.
+quantiles. `python sbvae.py` is a process of its own, as it keeps the memory that a step frees. On a
+GPU a step ends with a synchronisation, but for the rung that replays a CUDA graph, which is also
+timed as it is used: many replays, one wait.
 
 The floor is what no plain implementation of these layers can avoid: the multiply-adds of the
 convolutions and linear layers, without the first layer after the tile, which needs next to none
