@@ -42,9 +42,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # read when torch is loaded: a thread that waits for the others spins for 0.5 ms, then
+if __name__ == "__main__":  # read when torch is loaded: a thread that waits for the others spins for a ms or so, then
     if "OMP_WAIT_POLICY" not in os.environ:  # sleeps. To sleep at once costs a run up to a quarter of its speed; to
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # spin for ms, as is usual, slows two on the same cores
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # spin longer, as is usual, slows two on the same cores
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch is loaded: no traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `prepare_process`
 
