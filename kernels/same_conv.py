@@ -243,7 +243,8 @@ class _Winograd(torch.autograd.Function):
 
 class _FewOut(torch.autograd.Function):
     """In pieces of the batch, for their k*k*D maps take memory. x is float32 or bfloat16; maps are added
-    up in float32, and so are the gradients of weight and bias."""
+    up in float32, and so are the gradients of weight and bias. With AMX plain convolutions make the
+    output and x's gradient."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
