@@ -102,8 +102,8 @@ Padded without the two passes: bfloat16, channels last, k = 4 and B*C*H*W >= 2^2
     64 -> 64, 64x64     0.93 / 0.98     B=2 (not taken)
 
 Only on a CPU, Winograd only in float32 and not under autocast, and neither under torch.compile,
-torch.func's transforms, forward-mode derivatives or torch.jit.trace; all else is the padded
-F.conv2d. Where Winograd does not pay: few channels, small images, CPUs with bf16 units (then use
+torch.func's transforms, forward-mode derivatives or torch.jit.trace, nor for subclasses of Tensor;
+all else is the padded F.conv2d. Where Winograd does not pay: few channels, small images, CPUs with bf16 units (then use
 bfloat16), and two or more threads on a machine that others use, as each of the many short
 operations waits for the slowest thread (measured with 3 busy processes on 2 cores: 0.7 times as
 fast as F.conv2d; with OMP_WAIT_POLICY=passive 2.1 times). With create_graph all is the plain
@@ -424,6 +424,7 @@ def _path(x, weight, bias):
         dtype not in taken
         or any(t.dtype not in (taken if autocast else (dtype,)) for t in given)
         or any(t.device.type != "cpu" for t in given)
+        or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in given)  # FakeTensor, say
         or torch.compiler.is_compiling()  # it would unroll the pieces
         or torch.jit.is_tracing()  # these must see every step
         or torch._C._are_functorch_transforms_active()

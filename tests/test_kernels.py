@@ -8,8 +8,10 @@ import copy
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -509,6 +511,21 @@ def test_bench_refuses_to_time_a_wrong_layer(dtype):
         lambda z, coords, weight, bias: right(z.detach() * 2 - z, coords, weight, bias),
     ):
         assert "error" in bench.wrong(broken, *case)
+
+
+def test_bench_told_to_stop_keeps_its_rows(tmp_path):
+    command = [sys.executable, "-m", "kernels.bench", "--device", "cpu", "--shapes", "8x8", "--dtypes", "float32"]
+    command += ["--no-compile", "--seconds", "0.05", "--out", tmp_path]
+    root, pipes = Path(__file__).parent.parent, dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        for line in process.stdout:
+            if "channels_last" in line:  # the rows before it, of the other layout, are written
+                process.send_signal(signal.SIGINT)
+                break
+        left, errors = process.communicate()
+    assert (process.returncode, errors) == (130, "") and "wrote" not in left
+    (table,) = tmp_path.glob("*.md")
+    assert "stopped before its end" in table.read_text() and "| 8x8 | float32 | contiguous |" in table.read_text()
 
 
 # --- errors and imports ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import same_conv
 from kernels.same_conv import same_conv2d
@@ -302,6 +303,20 @@ def test_transforms_of_torch_func_and_traces_take_the_plain_convolution(sizes):
     torch.testing.assert_close(per_image, same_conv2d(*arguments), rtol=1e-4, atol=1e-4)
     traced = torch.jit.trace(same_conv2d, arguments)
     torch.testing.assert_close(traced(*arguments), per_image)
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 64, 40, 41, 4), (2, 64, 3, 40, 41, 4)])
+def test_tensors_without_numbers_take_the_plain_convolution(sizes):
+    """Before and after real ones: constants kept from either would not do for the other."""
+    real, upstream = case(*sizes)
+    same_conv._matrices.cache_clear()
+    for _ in range(2):
+        with FakeTensorMode():
+            fake, _ = case(*sizes)
+            shapes = [t.shape for t in results(same_conv2d, fake, torch.empty(upstream.shape))]
+        got = results(same_conv2d, real, upstream)
+        assert shapes == [t.shape for t in got]
+        assert close(got, exact(real, upstream))
 
 
 @pytest.mark.parametrize("sizes", [(3, 64, 64, 40, 40, 4), (3, 64, 3, 40, 40, 4)])
