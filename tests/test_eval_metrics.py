@@ -600,6 +600,28 @@ def test_a_sharp_latent_is_named_by_its_factor(runs, no_pictures, monkeypatch):
         math.log(4), abs=0.03)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loss_is_measured_on_images_that_training_has_not_drawn(seed, tmp_path, monkeypatch, no_pictures):
+    """Sprites are endless, but a seed draws the same ones again."""
+    drawn, sample = [], sbvae.Sprites.sample
+
+    def spy(data, n, generator):
+        images = sample(data, n, generator)
+        drawn.append((n, {image.numpy().tobytes() for image in images}))
+        return images
+
+    monkeypatch.setattr(sbvae.Sprites, "sample", spy)
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: None)
+    run = tmp_path / "run"
+    sbvae.train(sbvae.Config(decoder="deconv", seed=seed, steps=12, log_every=12, out=str(run), device="cpu"))
+    trained = set().union(*[images for n, images in drawn if n == 16])  # the others are for pictures
+    assert len(trained) == 12 * 16
+    drawn.clear()
+    evaluation.evaluate(run, "cpu", votes=1, samples=400)
+    measured = set().union(*[images for _, images in drawn])
+    assert len(measured) == 200 and trained.isdisjoint(measured)
+
+
 def test_reuse_needs_the_same_step_and_estimator(runs, no_pictures):
     evaluation.evaluate(runs / "b", "cpu", votes=20, samples=200)
     before = len(no_pictures)

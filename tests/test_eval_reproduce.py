@@ -313,11 +313,12 @@ def test_stages_and_interruptions_leave_no_trace_in_the_weights(tiny, trained, n
     monkeypatch.setattr(eval, "trend_figure", lambda evaluated, logged, _: curves.append(
         [[line["step"] for line in lines[""]] for lines in (evaluated, logged)]))
     for samples in (99, 100):
+        eval.evaluate(run, "cpu", 3, samples)
         eval.write_results("tiny", [job], eval.estimator(3, samples, 0), "command")
     assert curves == [[[7], [2, 3, 6, 7]], [[3, 6, 7], [2, 3, 6, 7]]]
     assert "log" not in json.loads((tiny / "results" / "raw" / f"{run.name}.json").read_text())  # it may be long
     (run / "metrics.jsonl").write_text('{"step": 2, "images_per_s": 9.0}\n')  # a foreign log costs only what it told
-    found = eval.collect(job)
+    found = eval.collect(job, eval.estimator(3, 100, 0))
     assert found["log"] == [] and found["hours"] is None and len(found["history"]) == 4 and "elbo" in found
 
 
@@ -382,6 +383,23 @@ def test_what_cannot_be_trained_is_told_at_the_end(tiny, no_figures, monkeypatch
     with pytest.raises(sbvae.InputError, match=r"^1 of 2 runs failed, the first: .*File exists"):
         eval.reproduce("tiny", steps=4, replicas=1, **QUICK)
     assert cells((tiny / "results" / "tiny.md").read_text(), "DeConv VAE", "here")["n"] == "1"
+
+
+def test_numbers_of_another_estimator_are_not_counted(tiny, monkeypatch, no_figures):
+    """Seed 1 cannot be evaluated anew, so what its metrics.json says is of fewer images than what seed 0's says."""
+    drawn = []
+    monkeypatch.setattr(eval, "draw_results", lambda _, results, *__: drawn.append([len(v) for v in results.values()]))
+    eval.reproduce("tiny", steps=3, **QUICK)
+    lost = tiny / "runs" / folder("deconv", 3, 1) / "checkpoint.pt"
+    data = bytearray(lost.read_bytes())
+    data[len(data) // 2] ^= 255  # a weight
+    lost.write_bytes(data)
+    with pytest.raises(sbvae.InputError, match=rf"^1 of 4 runs failed, the first: .*{lost.parent.name}"):
+        eval.reproduce("tiny", steps=3, **QUICK | dict(samples=120))
+    text = (tiny / "results" / "tiny.md").read_text()
+    assert cells(text, "DeConv VAE", "here")["n"] == "1 of 2, 1 missing" and "samples 120" in text
+    assert cells(text, "Spatial Broadcast VAE", "here")["n"] == "2"
+    assert drawn == [[2, 2], [1, 2]]
 
 
 def test_only_the_first_process_fails(tiny, monkeypatch, capsys):
