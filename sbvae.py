@@ -427,8 +427,8 @@ def mlp(*sizes):
 
 
 def float32(x):
-    """Autocast off, for linear layers and latents: near 2, bf16 has steps of 1/64, and the posterior of a
-    position is about as narrow. The convolutions cost the time, these cost nothing."""
+    """Autocast off, for linear layers and what latents enter: near 2, bf16 has steps of 1/64, and the posterior
+    of a position is about as narrow. The other convolutions cost the time, these cost little."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -484,7 +484,8 @@ class BroadcastDecoder(nn.Module):
             h = broadcast_conv2d(z, self.coords, first.weight, first.bias, "same", "relu" if rest else None,
                                  self.kernel, out_format="channels_last" if channels_last else "contiguous")
         else:
-            h = first(spatial_broadcast(z, *self.coords.shape[1:], self.coords))
+            with float32(z):
+                h = first(spatial_broadcast(z, *self.coords.shape[1:], self.coords))
             h = F.relu(h) if rest else h
         return output_layers(rest, h)
 
@@ -850,7 +851,7 @@ def find_device(name) -> torch.device:
     """The device of that name. Raises InputError when it can't be used."""
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} cannot be used ({str(e).splitlines()[0]}); choose cpu, or cuda[:N] where "
                          "there is a GPU") from e
 

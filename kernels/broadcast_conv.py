@@ -56,7 +56,7 @@ Three forms, chosen by `backend`:
     torch       factorised, in PyTorch: any device and dtype, any number of derivatives
     triton      factorised, in Triton: float32, bfloat16, float16 on a GPU
 "auto" takes triton on a GPU where it can and torch otherwise; on a CPU it takes the reference for
-layers of less than 16 million multiply-adds (52 million in bfloat16), where that is quicker.
+layers of less than 16 million multiply-adds (52 million of bfloat16), where that is quicker.
 Measured on one core of a Zen 4 CPU (AVX512-BF16, no AMX), forward + backward of the paper's layer,
 torch is 9 times as fast as the reference in float32 and 4 times in bfloat16; on a Xeon with AMX,
 whose plain bfloat16 convolution is faster, still 2.1 (NCHW) and 2.5 times (channels last). Under
@@ -66,8 +66,9 @@ torch.jit.trace, too, which must see every step.
 
 The Triton kernels sum in float32, never TensorFloat-32 (S = z @ taps and its gradients are PyTorch
 matrix products and follow its setting), and round once, on writing. Under autocast the output has
-autocast's dtype while P and S stay in float32: closer to the float32 result than rounding the
-weights. No atomics: same input, same bits.
+autocast's dtype while P and S stay in float32, as does the plain convolution that "auto" takes for
+the smallest on a CPU: closer to the float32 result than rounding latents and weights. No atomics:
+same input, same bits.
 
 MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
 """
@@ -951,23 +952,27 @@ def broadcast_conv2d(
     _check(z, coords, weight, bias)
     pads = _pads(padding, *weight.shape[2:])
     _check_size(*coords.shape[1:], *weight.shape[2:], pads)
-    if backend == "auto" and _small(z, coords, weight):
-        backend = "reference"
-    if backend == "reference":
-        if coords_first:
-            maps = coords.shape[0]
-            weight = torch.cat([weight[:, maps:], weight[:, :maps]], 1)
-        out = _reference(z, coords, weight, bias, pads, activation)
-        return _laid_out(out, out_format == "channels_last")
     device, dtype = z.device.type, z.dtype
     autocast = _autocasts(device) and dtype != torch.float64
     if autocast:
         dtype = torch.get_autocast_dtype(device)
+    small = backend == "auto" and _small(z, coords, weight)
+    # Autocast would round latents and weights. What is small can stay in float32: P, S, small layers
+    exact = autocast and backend != "reference"
+    if small or backend == "reference":
+        if coords_first:
+            maps = coords.shape[0]
+            weight = torch.cat([weight[:, maps:], weight[:, :maps]], 1)
+        tensors = z, coords, weight, bias
+        if exact:
+            tensors = (None if t is None else t.float() for t in tensors)
+        with torch.autocast(device, enabled=False) if exact else contextlib.nullcontext():
+            out = _reference(*tensors, pads, activation)
+        return _laid_out(out.to(dtype) if exact else out, out_format == "channels_last")
     reason = None if backend == "torch" else _refusal(z, coords, weight, pads, dtype, out_format)
     if backend == "triton" and reason:
         raise ValueError(f"backend='triton' {reason}; use backend='auto' or 'torch'")
-    # Autocast would round the weights; P and S are small, so they can stay in float32.
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if exact else contextlib.nullcontext():
         last = out_format == "channels_last"
         arguments = z, coords, weight, bias, list(pads), activation, coords_first, last, dtype
         if not reason and backend != "torch" and (z.is_cuda or backend == "triton"):
@@ -980,7 +985,7 @@ def _small(z, coords, weight):
     form's dozen of small steps cost more. Measured on one core of a Zen 4, 8x8 to 64x64."""
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    half = z.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    half = z.dtype == torch.bfloat16
     return len(z) * weight.numel() * coords[0].numel() < (52e6 if half else 16e6)
 
 

@@ -286,6 +286,26 @@ def test_auto_agrees_on_both_sides_of_its_threshold(batch):
     assert layouts[2].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("coords_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_auto_does_not_round_latents_under_autocast(batch, coords_first):
+    """On both sides of its threshold; near 2 bfloat16 has steps of 1/64."""
+    sizes = dict(batch=batch, latents=6, maps=2, channels=8, height=16, width=24, kernel=(4, 4))
+    z, coords, weight, bias = (t.detach().float() for t in tensors(sizes))
+    arguments = (2 + z / 100).requires_grad_(), coords, weight, bias, "same", "relu"
+    exact = broadcast_conv2d(*(a.double() for a in arguments[:4]), *arguments[4:], "reference", coords_first)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = broadcast_conv2d(*arguments, coords_first=coords_first)
+        plain = broadcast_conv2d(*arguments, "reference", coords_first)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    rounded_once = dict(rtol=2**-8, atol=1e-4)
+    assert torch.allclose(out.double(), exact, **rounded_once)
+    assert not torch.allclose(plain.double(), exact, **rounded_once)
+    (grad,) = torch.autograd.grad(out, arguments[0], torch.ones_like(out))
+    (right,) = torch.autograd.grad(exact, arguments[0], torch.ones_like(exact))
+    torch.testing.assert_close(grad.double(), right.double(), rtol=1e-2, atol=1e-2 * right.abs().max().item())
+
+
 # --- module ---------------------------------------------------------------------------------------
 
 

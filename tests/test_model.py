@@ -298,6 +298,22 @@ def test_autocast_keeps_latents_in_fp32():
         assert (a - b).norm() / b.norm() < 0.03
 
 
+@pytest.mark.parametrize("upscales, alone", [(0, True), (1, False), (2, False)])
+def test_autocast_does_not_round_what_enters_a_plain_first_layer(upscales, alone, monkeypatch):
+    """Where the factorised layer is not there, or is none: 2 and 2.003 are one number in bf16."""
+    if alone:
+        monkeypatch.setattr(sbvae, "broadcast_conv2d", None)
+    decoder, seen = sbvae.build_model(Config(upscales=upscales)).decoder, []
+    decoder.convs[0].register_forward_hook(lambda _, __, out: seen.append(out))
+    z = torch.tensor([2.0, 2.003]).expand(10, 2).T.contiguous()
+    exact = decoder(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = decoder(z)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen[1][0], seen[1][1])
+    assert 0 < (low - exact).norm() / exact.norm() < 0.03  # the other layers are in bf16
+
+
 # --------------------------------------------------------------------------------------------------------- losses
 
 
