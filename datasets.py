@@ -36,9 +36,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from gen_circles import atomic, import_pygame
+from gen_circles import atomic, import_pygame, progress_bar
 
 CHUNK_BYTES = 8 << 20  # files are read in pieces of about this size
 MAX_SMALL_BYTES = 1 << 30  # no array but the images may be larger than this
@@ -262,7 +261,7 @@ def free_memory(device):
 
 def _pieces(n, step):
     """(start, stop) for n images, `step` at a time, with a progress bar if it takes long."""
-    bar = tqdm(total=n, unit=" images", unit_scale=True, delay=2, mininterval=0.5, leave=False)
+    bar = progress_bar(total=n, unit=" images", unit_scale=True, delay=2, mininterval=0.5, leave=False)
     with bar as progress:
         for start in range(0, n, step):
             stop = min(start + step, n)

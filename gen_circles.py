@@ -38,8 +38,9 @@ import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -217,7 +218,7 @@ def draw_rows(name, start, stop, seed=0):
 def file_path(name, out="data"):
     """data/circles-xy-hole-center.npz for circles-xy:hole-center (no colons in file names)."""
     split_name(name)
-    return Path(out) / (name.replace(":", "-") + ".npz")
+    return Path(out) / (str(name).replace(":", "-") + ".npz")
 
 
 def read(path):
@@ -302,7 +303,7 @@ def generate(name, num=500_000, seed=0, out="data", progress=True):
 
 def obtain(name, num, seed, out, progress=True):
     """As `generate`, which see -> (path, the arrays in the file as `read` gives them)."""
-    path = file_path(name, out)
+    path, name = file_path(name, out), str(name)
     if not (isinstance(num, (int, np.integer)) and 1 <= num <= 10**8):
         raise ValueError(f"num must be a whole number from 1 to 100,000,000, not {num!r}")
     if not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**63):
@@ -312,12 +313,8 @@ def obtain(name, num, seed, out, progress=True):
         return path, arrays
     if progress:
         print(f"{reason}: drawing it", file=sys.stderr)
-    coverage = draw_coverage(name)
-
-    from tqdm import tqdm
-
-    parts = []
-    with tqdm(total=num, desc=f"drawing {name}", unit=" images", disable=not progress) as bar:
+    coverage, parts = draw_coverage(name), []
+    with progress_bar(total=num, desc=f"drawing {name}", unit=" images", disable=not progress) as bar:
         for start in range(0, num, 50_000):
             stop = min(start + 50_000, num)
             parts.append(draw_rows(name, start, stop, seed))
@@ -332,6 +329,15 @@ def obtain(name, num, seed, out, progress=True):
     with atomic(path) as file:  # 16-20 bytes an image: not worth compressing
         np.savez(file, **arrays, version=VERSION)
     return path, arrays
+
+
+def progress_bar(**options):
+    """tqdm's, or one that shows nothing where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext(SimpleNamespace(update=lambda n: None))
+    return tqdm(**options)
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def flag(name):
 def family(dataset: str | None) -> str:
     """Which of the paper's data sets a name, or an official file, stands for: defaults depend on it."""
     name = dataset or "sprites"
-    if name in ("sprites", "objects", "chairs") or name.startswith("circles-"):
+    if name in ("sprites", "objects", "chairs") or name.startswith("circles-") and not name.endswith(".npz"):
         return name.split("-")[0]
     official = {"dsprites": "sprites", "3dshapes": "objects", "rendered_chairs": "chairs"}
     return next((f for start, f in official.items() if Path(name).name.startswith(start)), "other")
@@ -149,6 +149,7 @@ def check_types(config: Config) -> Config:
     if shape is not None and not (isinstance(shape, (list, tuple)) and len(shape) == 3 and all(
             type(n) is int and n > 0 for n in shape) and math.prod(shape) <= 10**8):
         raise InputError(f"image_shape must be [channels, height, width], 10^8 numbers at most, not {shape!r}")
+    c.image_shape = shape and list(shape)  # as JSON has it
     return c
 
 
@@ -362,7 +363,7 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
     if name == "sprites":
         return Sprites(device)
     try:
-        if name.startswith("circles-"):
+        if family(name) == "circles":
             from gen_circles import load as load_circles
 
             return load_circles(name, device, data_dir=data_dir)
@@ -812,22 +813,27 @@ def open_log(run: Path, checkpoint: dict | None):
 
 def save_pictures(run: Path, model: VAE, images: torch.Tensor):
     """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W):
-    around the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by mean variance."""
+    around the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by mean variance. Images
+    larger than 128 pixels are shown smaller, and no batch is larger than training's, which memory holds."""
     try:
         from matplotlib.figure import Figure
     except ImportError:  # a run needs no pictures
         return
+    batch = model.config.batch_size
+    decode = lambda z: torch.cat([model.pixels(model.decode(part)) for part in z.split(batch)])  # noqa: E731
     with torch.no_grad():
-        mu, logvar = model.encode(images)
+        mu, logvar = map(torch.cat, zip(*map(model.encode, images.split(batch))))
         variance = logvar.exp().mean(0)
         order = variance.argsort()[:20].tolist()  # the most informative latent first
         z = mu[mu.square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
         for row, k in enumerate(order):
             z[row, :, k] = torch.linspace(-2, 2, 11)
-        sweeps = torch.stack([model.pixels(model.decode(row)) for row in z])
-        pairs = torch.stack([images[:10], model.pixels(model.decode(mu[:10]))])
+        sweeps = torch.stack([decode(row) for row in z])
+        pairs = torch.stack([images[:10], decode(mu[:10])])
     labels = [f"z{k}   mean σ² {variance[k]:.3f}" for k in order]
     for name, grid, names in (("reconstructions", pairs, ["data", "model"]), ("traversals", sweeps, labels)):
+        small = F.avg_pool2d(grid.flatten(0, 1), math.ceil(max(grid.shape[3:]) / 128), ceil_mode=True)
+        grid = small.unflatten(0, grid.shape[:2])
         rows, columns, _, h, w = grid.shape
         tiles = F.pad(grid, (1, 1, 1, 1), value=1.0).permute(0, 3, 1, 4, 2)  # a white line around each
         canvas = tiles.reshape(rows * (h + 2), columns * (w + 2), -1).cpu().numpy()
@@ -836,7 +842,7 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(canvas, interpolation="nearest")
         axes.set_yticks([(h + 2) * (i + 0.5) for i in range(rows)], names)
-        ends = {"-2": 0.5, "0": 5.5, "2": 10.5} if grid is sweeps else {}
+        ends = {"-2": 0.5, "0": 5.5, "2": 10.5} if name == "traversals" else {}
         axes.set_xticks([(w + 2) * i for i in ends.values()], ends)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -1034,7 +1040,7 @@ def train(config: Config) -> dict:
         step, logged = checkpoint["step"], checkpoint["logged"]
         sums.copy_(checkpoint["sums"])
     added = torch.tensor(step - logged, device=device)  # steps in the sums
-    pictured = data.sample(64, torch.Generator(device=device).manual_seed(0))
+    pictured = data.sample(max(10, min(64, 2**24 // math.prod(shape))), torch.Generator(device=device).manual_seed(0))
     loss_function = compile_parts(config, data, model, parts.get("discriminator")) if config.compile else vae_loss
 
     def save():
@@ -1145,8 +1151,13 @@ def train(config: Config) -> dict:
                 logged, begun, begun_at = step, time.perf_counter(), step
             if to_save:  # pictures first: a run whose checkpoint says that it is done has them
                 autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-                with autocast, torch.compiler.set_stance("force_eager"):  # not worth compiling for these batches
-                    save_pictures(run, model, pictured)
+                try:
+                    with autocast, torch.compiler.set_stance("force_eager"):  # not worth compiling for these batches
+                        save_pictures(run, model, pictured)
+                except (MemoryError, RuntimeError) as e:
+                    if not lacks_memory(e):
+                        raise
+                    say("note: no new pictures, as memory does not suffice for them; the run goes on")
             if to_save or leaving:
                 save()
     finally:

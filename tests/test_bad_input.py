@@ -719,7 +719,7 @@ def test_a_set_of_one_image(tmp_path):
     assert sbvae.train(Config(dataset=str(tmp_path / "one.npz"), out=str(tmp_path / "r"), **MODEL))["step"] == 2
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:999", "", "cpu:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:999", "", "cpu:x", "hpu", "privateuseone"])
 def test_devices_that_are_not_there(device):
     with pytest.raises(sbvae.InputError, match="cannot be used"):
         sbvae.load_dataset("sprites", device)

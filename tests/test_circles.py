@@ -474,6 +474,11 @@ def test_pygame_is_needed_for_drawing_alone(tmp_path, monkeypatch):
         gen_circles.load("circles-xh", data_dir=tmp_path, num=50, seed=0)
 
 
+def test_a_name_may_be_a_path(tmp_path):
+    path = gen_circles.generate(Path("circles-xy:blank"), 5, out=tmp_path)
+    assert path == gen_circles.generate("circles-xy:blank", 5, out=str(tmp_path)) and gen_circles.read(path)["num"] == 5
+
+
 def test_half_a_million_images(tmp_path):
     """Time, file size and peak memory, in a process of its own as a user starts it."""
     code = """

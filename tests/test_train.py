@@ -172,6 +172,38 @@ def test_traversals_go_around_the_mean_nearest_to_the_prior(tmp_path, monkeypatc
         assert torch.equal(z[:, rest], mu[1, rest].expand(11, -1))
 
 
+def test_pictures_of_large_images_stay_small(tmp_path, monkeypatch):
+    """No batch is larger than training's, and 300 pixels are shown as 100, each the mean of nine."""
+    from matplotlib.image import imread
+
+    model, sizes = sbvae.build_model(Config(latents=2, conv_layers=1, batch_size=4, image_shape=[1, 200, 300])), []
+    encode, decode = model.encode, model.decode
+    monkeypatch.setattr(model, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    monkeypatch.setattr(model, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    stripes = (torch.arange(300) % 3 == 1).float().expand(10, 1, 200, 300)
+    sbvae.save_pictures(tmp_path, model, stripes)
+    assert max(sizes) == 4 and sum(sizes) == 10 + 2 * 11 + 10
+    for name, columns in (("reconstructions", 10), ("traversals", 11)):
+        width = imread(tmp_path / f"{name}.png").shape[1]
+        assert 2 * columns * 102 <= width < 2 * columns * 102 + 400  # a label on the left
+    data = imread(tmp_path / "reconstructions.png")[40:100, -1000:-900, 0]
+    assert (abs(data - 1 / 3) < 0.01).mean() > 0.9
+
+
+def test_a_run_goes_on_where_memory_does_not_suffice_for_pictures(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(sbvae, "save_pictures", fails)
+    errors = [MemoryError(), torch.OutOfMemoryError("of a GPU"), RuntimeError("can't allocate memory: 9 bytes")]
+    sbvae.train(Config(**TINY, steps=3, save_every=1, out=str(tmp_path / "r")))
+    assert not errors and capsys.readouterr().out.count("note: no new pictures, as memory does not suffice") == 3
+    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["step"] == 3
+    errors = [RuntimeError("something else")]
+    with pytest.raises(RuntimeError, match="something else"):
+        sbvae.train(Config(resume=str(tmp_path / "r"), steps=4))
+
+
 def test_factorvae_gradients_stay_on_their_side(tmp_path, monkeypatch):
     """Where the two losses are made, during training: the discriminator's has no gradient for any weight of the VAE,
     the penalty has one for the encoder and none for the discriminator; and three steps without the discriminator's
@@ -518,16 +550,18 @@ def test_the_seeds_of_a_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset, decoder, shape", [
     ("circles-xy:hole-center", "broadcast", (3, 64, 64)), ("circles-xh:blank", "deconv", (3, 64, 64)),
     ("objects", "broadcast", (3, 64, 64)), ("mine.npz", "broadcast", (1, 20, 12)), ("mine4.npz", "deconv", (4, 32, 64)),
-    ("dsprites_some.npz", "broadcast", (1, 64, 64))])
+    ("dsprites_some.npz", "broadcast", (1, 64, 64)), ("circles-mine.npz", "broadcast", (1, 20, 12))])
 def test_every_kind_of_data_set_trains(dataset, decoder, shape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
-    write_npz("mine.npz", images=random.integers(0, 256, (9, 20, 12), np.uint8))
+    for name in ("mine.npz", "circles-mine.npz"):
+        write_npz(name, images=random.integers(0, 256, (9, 20, 12), np.uint8))
     write_npz("mine4.npz", images=random.integers(0, 256, (9, 32, 64, 4), np.uint8))
     classes = np.stack([np.zeros(40), *[np.arange(40) % n for n in sbvae.SPRITE_SIZES]], 1)  # not all combinations
     images = sbvae.draw_sprites(torch.from_numpy(classes[:, 1:]).long()).numpy().astype(np.uint8)
     write_npz("dsprites_some.npz", imgs=images, latents_classes=classes.astype(np.int64), latents_values=classes)
-    config = Config(dataset=dataset, decoder=decoder, conv_layers=2, steps=2, batch_size=2, device="cpu", out="r")
+    config = Config(dataset=dataset, decoder=decoder, conv_layers=2, steps=2, batch_size=2, device="cpu", out="r",
+                    image_shape=shape)  # a tuple is as good as a list
     record = sbvae.train(config)
     assert record["step"] == 2 and math.isfinite(record["elbo"])
     model = sbvae.load("r")

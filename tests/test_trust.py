@@ -863,6 +863,21 @@ sbvae.main()
         source.chmod(0o755)
 
 
+@pytest.mark.parametrize("dataset", ["objects", "circles-xy"])
+def test_without_tqdm_there_is_only_no_bar(dataset, tmp_path):
+    code = f"""
+import sys
+sys.modules["tqdm"] = None
+sys.path.insert(0, {str(ROOT)!r})
+import sbvae
+sbvae.main()
+"""
+    words = ["--dataset", dataset, "--steps", "1", "--batch-size", "2", "--conv-layers", "1", "--device", "cpu"]
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("path", [p.relative_to(ROOT) for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py"))],
                          ids=str)
 def test_syntax_of_python_3_10(path):
