@@ -954,7 +954,8 @@ def broadcast_conv2d(
     _check_size(*coords.shape[1:], *weight.shape[2:], pads)
     device, dtype = z.device.type, z.dtype
     autocast = _autocasts(device) and dtype != torch.float64
-    if autocast:
+    # torch.vmap leaves autocast out: an output in its type would meet weights that are not
+    if autocast and (torch.compiler.is_compiling() or not (_batched(z) or _batched(weight))):
         dtype = torch.get_autocast_dtype(device)
     small = backend == "auto" and _small(z, coords, weight)
     # Autocast would round latents and weights. What is small can stay in float32: P, S, small layers
@@ -985,7 +986,7 @@ def _small(z, coords, weight):
     form's dozen of small steps cost more. Measured on one core of a Zen 4, 8x8 to 64x64."""
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    half = z.dtype == torch.bfloat16
+    half = z.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
     return len(z) * weight.numel() * coords[0].numel() < (52e6 if half else 16e6)
 
 

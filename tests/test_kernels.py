@@ -306,6 +306,17 @@ def test_auto_does_not_round_latents_under_autocast(batch, coords_first):
     torch.testing.assert_close(grad.double(), right.double(), rtol=1e-2, atol=1e-2 * right.abs().max().item())
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_vmap_under_autocast(size):
+    """Which it leaves out: what follows is in float32, and so must be what this layer gives it."""
+    layer, after = SpatialBroadcastConv2d(6, 8, 4, size, size, activation="relu"), nn.Conv2d(8, 3, 4)
+    z = torch.randn(64, 6)
+    expected = after(layer(z))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.func.vmap(lambda one: after(layer(one[None]))[0])(z)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- module ---------------------------------------------------------------------------------------
 
 

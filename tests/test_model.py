@@ -314,6 +314,15 @@ def test_autocast_does_not_round_what_enters_a_plain_first_layer(upscales, alone
     assert 0 < (low - exact).norm() / exact.norm() < 0.03  # the other layers are in bf16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plain_first_layer_takes_latents_of_any_type(dtype):
+    model, z = sbvae.build_model(Config(upscales=1)), torch.randn(2, 10)
+    exact = model.decode(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model.decode(z.to(dtype)) - exact).norm() / exact.norm() < 0.03
+    assert (model.to(dtype).decode(z) - exact).norm() / exact.norm() < 0.03
+
+
 # --------------------------------------------------------------------------------------------------------- losses
 
 
