@@ -566,7 +566,7 @@ def test_evaluate_writes_what_it_returns(runs, no_pictures):
                                       mu[:, [latent["index"] for latent in metrics["latents"][:2]]])
     assert metrics["r2"] == pytest.approx(found[0], abs=1e-5) and metrics["r2_held_out"] is None
     assert metrics["estimator"] == dict(samples=200, loss_samples=100, bins=20, votes=20, vote_images=64,
-                                        least_std=0.05, seed=0, precision="fp32")
+                                        least_std=0.05, seed=0, loss_seed=10**9, precision="fp32")
     assert [m["variance"] for m in metrics["latents"]] == sorted(m["variance"] for m in metrics["latents"])
     assert metrics["factors"] == {"x": 4, "y": 5} and metrics["config"]["seed"] == 0
 
