@@ -9,11 +9,11 @@
     torchrun --nproc-per-node 2 sbvae.py --seeds 0-24                # all seeds of a table, two at a time
 
 Needs torch and numpy; matplotlib draws the pictures and tqdm the bar if they are there. Sprites are drawn
-on the fly, bit-exact with dSprites: no download. The file works when copied alone; `kernels/` makes it
-faster, `gen_circles.py` and `datasets.py` bring the other data sets.
+on the fly, as dSprites has them: no download. The file works when copied alone; `kernels/` makes it faster,
+`gen_circles.py` and `datasets.py` bring the other data sets.
 
-B batch, C image channels, H height, W width, K latents, N images, F factors. Letters, sections and tables
-in brackets are the paper's; "(ours 3)" marks a choice that it leaves open, by its number in the README.
+B batch, C image channels, H height, W width, K latents, N images, F factors. (A.3), (Table 1) and so on cite
+the paper; "(ours 3)" marks a choice that it leaves open, by its number in the README.
 
 MIT License, Copyright (c) 2026 The sbvae authors.
 """
@@ -42,9 +42,11 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # read when torch is loaded: a thread that waits for the others spins for a ms or so, then
-    if "OMP_WAIT_POLICY" not in os.environ:  # sleeps. To sleep at once costs a run up to a quarter of its speed; to
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # spin longer, as is usual, slows two on the same cores
+if __name__ == "__main__":  # before torch is loaded, which reads the variable
+    # A thread that waits for the others spins for a ms or so, then sleeps. To sleep at once costs a run up to a quarter
+    # of its speed; to spin longer, as is usual, slows two on the same cores.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch is loaded: no traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `prepare_process`
 
@@ -78,7 +80,7 @@ def option(kind, help, choices=None, least=None):
 
 @dataclasses.dataclass
 class Config:
-    """The command line's flags. None stands for the paper's value, which `resolve` fills in."""
+    """The command line's flags. None stands for the default, which `resolve` fills in."""
 
     dataset: str = option(str, "sprites (default), objects, chairs, circles-{xy,xh,rg,xyh-small,xyh-tiny}"
                                "[:hole-center|:hole-corner|:blank], or the path of a file (A.3)")
@@ -105,8 +107,8 @@ class Config:
     precision: str = option(str, "of the convolutions; default bf16 where the device has units for it, else fp32",
                             ("fp32", "tf32", "bf16"))
     kernel: str = option(str, "of the first layer after the tile; default auto", ("auto", "triton", "torch"))
-    cuda_graph: bool = option(bool, "on a GPU: replay each step as one captured graph, without launching its kernels")
-    compile: bool = option(bool, "fuse a step's small kernels with torch.compile, before the first; does not pay on a "
+    cuda_graph: bool = option(bool, "on a GPU: replay each step as one captured graph, not kernel by kernel")
+    compile: bool = option(bool, "fuse a step's small kernels with torch.compile, before step 1; does not pay on a "
                                  "CPU")
     deterministic: bool = option(bool, "the same bits from the same seed on a GPU too, slower; a CPU always gives them")
     out: str = option(str, "default runs/<data>-<decoder>-<whatever else was set>")
@@ -128,7 +130,7 @@ def flag(name):
 def family(dataset: str | None) -> str:
     """Which of the paper's data sets a name, or an official file, stands for: defaults depend on it."""
     name = dataset or "sprites"
-    if name in ("sprites", "objects", "chairs") or name.startswith("circles-") and not name.endswith(".npz"):
+    if name in ("sprites", "objects", "chairs") or (name.startswith("circles-") and not name.endswith(".npz")):
         return name.split("-")[0]
     official = {"dsprites": "sprites", "3dshapes": "objects", "rendered_chairs": "chairs"}
     return next((f for start, f in official.items() if Path(name).name.startswith(start)), "other")
@@ -145,17 +147,17 @@ def check_types(config: Config) -> Config:
             raise InputError(f"{flag(f.name)} must be a {kind.__name__}, not {value!r}")
         if kind is str and "\0" in (value or ""):
             raise InputError(f"{flag(f.name)} {value!r} has a zero byte, which no name can have")
-    shape = c.image_shape
-    if shape is not None and not (isinstance(shape, (list, tuple)) and len(shape) == 3 and all(
-            type(n) is int and n > 0 for n in shape) and math.prod(shape) <= 10**8):
-        raise InputError(f"image_shape must be [channels, height, width], 10^8 numbers at most, not {shape!r}")
-    c.image_shape = shape and list(shape)  # as JSON has it
+    if (shape := c.image_shape) is not None:
+        valid = isinstance(shape, (list, tuple)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+        if not valid or math.prod(shape) > 10**8:
+            raise InputError(f"image_shape must be [channels, height, width], 10^8 numbers at most, not {shape!r}")
+        c.image_shape = list(shape)  # as JSON has it
     return c
 
 
 def resolve(config: Config) -> Config:
-    """A copy with every None replaced by the paper's value (Tables 1 to 4). Raises InputError for values and
-    combinations that make no sense."""
+    """A copy with a default for every None, the paper's where it has one (Tables 1 to 4); `precision` waits for the
+    device. Raises InputError for values and combinations that make no sense."""
     c = check_types(config)
     data, factor, broadcast = family(c.dataset), c.model == "factorvae", c.decoder in (None, "broadcast")
     cuda = torch.cuda.is_available() if c.device is None else c.device.startswith("cuda")
@@ -164,7 +166,7 @@ def resolve(config: Config) -> Config:
     defaults = dict(
         dataset="sprites", decoder="broadcast", model="vae", likelihood="bernoulli", beta=1.0,
         gamma=35.0 if factor else 0.0, latents=10, mlp_layers=0 if broadcast else 1, upscales=0,
-        conv_layers=5 if not broadcast else 6 if data == "objects" else 3, shuffle_coords=False,
+        conv_layers=(6 if data == "objects" else 3) if broadcast else 5, shuffle_coords=False,
         steps=steps.get(data, 500_000), batch_size=32 if factor else 16, lr=1e-4 if factor else 3e-4, seed=0,
         device="cuda" if cuda else "cpu", kernel="auto", cuda_graph=False, compile=False,
         deterministic=False, out=default_out(c), log_every=200,
@@ -200,7 +202,7 @@ def resolve(config: Config) -> Config:
 
 
 def default_out(config: Config) -> str:
-    """runs/<data>-<decoder>, then whatever else was set, so that two different runs share no folder."""
+    """runs/<data>-<decoder>, then whatever else was set that changes the run."""
     parts = [Path(config.dataset or "sprites").stem.replace(":", "-"), config.decoder or "broadcast"]
     silent = ("dataset", "decoder", "device", "out", "resume", "log_every", "save_every", "image_shape")
     for name, value in vars(config).items():
@@ -218,9 +220,9 @@ SPRITE_SIZES = (3, 6, 40, 32, 32)  # shape (square, ellipse, heart), scale, orie
 def sprite_edges(device: torch.device) -> torch.Tensor:
     """The edges of dSprites' 3 x 6 x 40 outlines around 0: (3, 6, 40, 150, 5) float64 x0, y0, x1, y1, row.
 
-    In pixels, y down. `row` numbers the scanlines that an edge meets, of which each table entry stands for
-    one: edges of the ellipse (a 100-gon) and the heart (a 150-gon) are shorter than a pixel and meet one at
-    most; the four of the square meet up to 20, so each has 20 entries.
+    In pixels, y down. An entry stands for one scanline that an edge may meet, `row` counting them from the
+    edge's top: edges of the ellipse (a 100-gon) and the heart (a 150-gon) are shorter than a pixel and meet
+    one at most; the four of the square meet up to 20, so each has 20 entries.
     """
     f64 = dict(dtype=torch.float64)
     square = 9.6 * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], **f64)
@@ -259,13 +261,13 @@ def sprite_words(factors, edges):
 
     The outline's vertices are snapped to 1/256 pixel; a pixel is on when its centre lies inside. Walking
     round the outline, an edge that meets a scanline at column c adds 2**c going down and takes it away
-    going up. What remains per row is 2**right - 2**left: as a 64-bit word, the pixels from left to right.
+    going up. What remains per row is 2**right - 2**left: in a 64-bit word, the bits left to right - 1.
     """
     shape, scale, orientation = factors[:, :3].long().unbind(1)
     edges = edges[shape, scale, orientation]  # (N, 150, 5)
     centre = 16 + 32 * factors[:, 3:].double() / 31
     x0, y0, x1, y1 = ((edges[..., :4] + centre.repeat(1, 2)[:, None]) * 256).round().unbind(-1)
-    # Pixel centres lie at 256 i + 128. Met are the scanlines with top < 256 row + 128 <= bottom: a centre
+    # Pixel centres lie at 256 i + 128. An edge meets scanlines with top < 256 row + 128 <= bottom: a centre
     # on a top edge is out, on a bottom edge in.
     row = ((torch.minimum(y0, y1) - 128) / 256).floor() + 1 + edges[..., 4]
     line = 256 * row + 128
@@ -301,7 +303,7 @@ def look_up_sprites(factors, table):
 
 
 def check_classes(factors, sizes):
-    """ValueError unless factors (N, F) are integers and, on a CPU, in range: a GPU would have to wait for it."""
+    """ValueError unless factors (N, F) are integers and, asked on a CPU only as a GPU would have to wait, in range."""
     if factors.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"factors must be integers, not {factors.dtype}")
     if factors.device.type == "cpu" and ((factors < 0) | (factors >= torch.tensor(sizes))).any():
@@ -318,7 +320,7 @@ def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
 class Sprites:
     """Colored sprites (A.3): dSprites times a colour uniform in H [0, 1], S and V [0.3, 0.7], without end.
 
-    masks: factors (N, 5) -> (N, 64, 64) bool, the drawing above or the look-up in an official file. For the
+    masks: factors (N, 5) -> (N, 64, 64) bool, of an official file, in place of the drawing above. For the
     metrics, colour is cut into 10 bins each of H, S and V, and `draw` takes their centres (ours 9).
     """
 
@@ -330,7 +332,7 @@ class Sprites:
         self.sizes = torch.tensor(SPRITE_SIZES, device=device)
         self.low, self.range = torch.tensor([[0.0, 0.3, 0.3], [1.0, 0.4, 0.4]], device=device)
         self.device = self.sizes.device
-        # The tables now: copies from the host cannot be captured in a CUDA graph, nor compiled.
+        # Tables are made here: copies from the host cannot be captured in a CUDA graph, nor compiled.
         if self.device.type == "cuda":
             self.masks = masks or functools.partial(look_up_sprites, table=sprite_table(self.device))
         else:
@@ -373,7 +375,7 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
             return Objects(device)
         data = load_file(find_chairs(data_dir) if name == "chairs" else name, device, cache_dir=data_dir)
         dsprites = hasattr(data, "mask") and data.draw is not None and data.factor_sizes == SPRITE_SIZES
-        return Sprites(device, data.mask) if dsprites else data  # their own file too is coloured here
+        return Sprites(device, data.mask) if dsprites else data  # the official file is coloured, too
     except (ValueError, OSError, ImportError) as e:
         alone = isinstance(e, ImportError) and not (Path(__file__).parent / "datasets.py").exists()
         needs = "needs gen_circles.py and datasets.py beside sbvae.py; sprites needs no other file" if alone else e
@@ -385,8 +387,8 @@ def load_dataset(name_or_path, device="cpu", data_dir="data"):
 
 def coordinate_grid(height: int, width: int, device=None) -> torch.Tensor:
     """(2, H, W): x, from -1 at the left to 1 at the right, then y, from -1 at the top to 1 at the bottom."""
-    x, y = (torch.linspace(-1, 1, n, device=device) for n in (width, height))
-    y, x = torch.meshgrid(y, x, indexing="ij")
+    x = torch.linspace(-1, 1, width, device=device).expand(height, -1)
+    y = torch.linspace(-1, 1, height, device=device)[:, None].expand(-1, width)
     return torch.stack([x, y])
 
 
@@ -428,8 +430,8 @@ def mlp(*sizes):
 
 
 def float32(x):
-    """Autocast off, for linear layers and what latents enter: near 2, bf16 has steps of 1/64, and the posterior
-    of a position is about as narrow."""
+    """Autocast off, for linear layers and what latents enter: near 2, bf16 has steps of 1/64, about as wide as the
+    posterior of a position."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -456,10 +458,10 @@ class Encoder(nn.Module):
 
 class BroadcastDecoder(nn.Module):
     """The Spatial Broadcast decoder (Table 1): z (B, K) -> logits (B, C, H, W). Tile, append coordinates, then
-    `conv_layers` convolutions k=4, s=1 with 64 channels.
+    `conv_layers` convolutions k=4, s=1 with 64 channels, C in the last.
 
-    mlp_layers: FC 256 before the tile (Tables 7, 9). upscales: so many convolutions next to the tile become
-    stride-2 deconvolutions, and the tile shrinks (Table 10). shuffle: one fixed permutation of the coordinate
+    mlp_layers: FC 256 before the tile (Tables 7, 9). upscales: how many convolutions, from the tile on, become
+    stride-2 deconvolutions; the tile shrinks (Table 10). shuffle: one fixed permutation of the coordinate
     pairs, drawn from `generator` (B). kernel: the code for the first layer, auto, triton or torch.
     """
 
@@ -481,11 +483,11 @@ class BroadcastDecoder(nn.Module):
             z = self.mlp(z)
         first, *rest = self.convs
         if broadcast_conv2d is not None and isinstance(first, SameConv2d):
-            channels_last = first.weight.is_contiguous(memory_format=torch.channels_last)  # then so is what follows
+            channels_last = first.weight.is_contiguous(memory_format=torch.channels_last)  # then h is, too
             h = broadcast_conv2d(z, self.coords, first.weight, first.bias, "same", "relu" if rest else None,
                                  self.kernel, out_format="channels_last" if channels_last else "contiguous")
         else:
-            # Latents must not be rounded (an MLP's features may): in bf16 a CPU's step takes 1.6 times as long for it
+            # Latents must not be rounded, for which a CPU's bf16 step takes 1.6 times as long; an MLP's features may
             with contextlib.nullcontext() if len(self.mlp) else float32(z):
                 z = z.to(first.weight.dtype)
                 h = first(spatial_broadcast(z, *self.coords.shape[1:], self.coords))
@@ -498,7 +500,7 @@ class DeconvDecoder(nn.Module):
 
     widths: channels into each deconvolution, so their number is the depth and the first map has H / 2**depth
     rows: 2 x 2 for 5, 1 x 1 for 6. The last linear layer fills that map (256 units for 2 x 2 x 64), those
-    before it have 256 (ours 7). coords: CoordConv VAE (E), x and y appended to what enters each of them.
+    before it have 256 (ours 7). coords: CoordConv VAE (E), x and y appended before each deconvolution.
     """
 
     def __init__(self, latents, channels, height, width, mlp_layers=1, widths=(64,) * 5, coords=False):
@@ -565,8 +567,8 @@ class VAE(nn.Module):
 
 
 def init_weights(module: nn.Module, generator=None):
-    """Truncated normal weights and zero biases (A). The paper gives no scale; as in its authors' library of the
-    time: sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
+    """Truncated normal weights and zero biases (A). The paper gives no scale; its authors' library of the
+    time had sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
     convolutions (ours 2)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -619,8 +621,8 @@ def vae_loss(logits, images, mu, logvar, beta=1.0, likelihood="bernoulli"):
     NLL of a Bernoulli with these logits (pixels between 0 and 1 count as probabilities), or of a Gaussian with
     this mean and variance 0.3 (A says variance, so sigma is 0.548), its constant included (ours 6).
     KL(N(mu, sigma^2) || N(0, 1)) = sum(mu^2 + sigma^2 - 1 - log sigma^2) / 2. loss = NLL + beta KL; the
-    paper's "ELBO" is the loss at beta = 1. Raises ValueError for another likelihood, for an empty batch, when shapes
-    disagree and, on a CPU, for pixels outside [0, 1] with the Bernoulli.
+    paper's "ELBO" is the loss at beta = 1. Raises ValueError for another likelihood, integer images, an empty batch,
+    shapes that disagree and, on a CPU, pixels outside [0, 1] with the Bernoulli.
     """
     if likelihood not in ("bernoulli", "gaussian") or not images.is_floating_point():
         raise ValueError(f"likelihood must be bernoulli or gaussian, not {likelihood!r}, and images floating point, "
@@ -645,12 +647,12 @@ def check_pixels(images):
 
 
 def permute_latents(z: torch.Tensor, generator=None) -> torch.Tensor:
-    """Shuffle each latent over the batch by itself: (B, K) from the product of the marginals."""
+    """Permute each latent over the batch by itself: (B, K) from the product of the marginals."""
     return z.gather(0, torch.rand(z.shape, generator=generator, device=z.device).argsort(dim=0))
 
 
 def total_correlation(logits: torch.Tensor) -> torch.Tensor:
-    """KL(q(z) || prod_k q(z_k)) = E log D / (1 - D), from the discriminator's logits (B, 2), class 0 being q(z)."""
+    """KL(q(z) || prod_k q(z_k)) by E log(D / (1 - D)), from the discriminator's logits (B, 2), class 0 being q(z)."""
     return (logits[:, 0] - logits[:, 1]).mean()
 
 
@@ -679,7 +681,7 @@ def atomically(path: Path):
 
 
 def plain_file(name, flags):
-    """An opener: not through a link, which could lead to any file, nor of a pipe, which could wait for ever."""
+    """An `opener` for plain files only: a link could lead to any file, a pipe could wait for ever."""
     number = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -720,7 +722,7 @@ def read_checkpoint(run: Path) -> tuple[Config, dict]:
 def load(run_dir) -> VAE:
     """The trained model of a run folder, in eval mode on the CPU, with `.config`. Raises InputError."""
     config, checkpoint = read_checkpoint(Path(run_dir))
-    model = build_model(dataclasses.replace(config, kernel="auto"))  # which also runs where it was not trained
+    model = build_model(dataclasses.replace(config, kernel="auto"))  # "auto" runs on any machine
     restore({"model": model}, checkpoint, run_dir)
     return model.eval()
 
@@ -769,7 +771,8 @@ def read_run(config: Config) -> tuple[Config, dict | None]:
     run = Path(config.resume)
     saved, checkpoint = read_checkpoint(run)
     asked = {name: value for name, value in vars(config).items() if value is not None}
-    asked |= {"out": saved.out} if asked.get("out") == str(run) else {}  # the folder may have been moved
+    if asked.get("out") == str(run):  # the folder may have been moved
+        asked["out"] = saved.out
     for name, value in asked.items():
         if name not in FREE_ON_RESUME and value != getattr(saved, name):
             raise InputError(f"{run} was trained with {flag(name)} {getattr(saved, name)}, not {value}; drop the "
@@ -791,9 +794,8 @@ def open_log(run: Path, checkpoint: dict | None):
         raise InputError(f"another process is training in {run}; wait for it, or choose another --out") from e
     except OSError as e:
         raise InputError(f"cannot write to the run folder {run} ({e.strerror}); choose another --out") from e
-    before, now = checkpoint and checkpoint["step"], None
-    if (run / "checkpoint.pt").exists():
-        now = read_checkpoint(run)[1]["step"]
+    before = checkpoint["step"] if checkpoint else None
+    now = read_checkpoint(run)[1]["step"] if (run / "checkpoint.pt").exists() else None
     if before != now:
         raise InputError(f"another process has just trained in {run}; --resume {run} to carry on from there")
     log.seek(0)
@@ -814,9 +816,9 @@ def open_log(run: Path, checkpoint: dict | None):
 
 
 def save_pictures(run: Path, model: VAE, images: torch.Tensor):
-    """reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10, from images (N, C, H, W):
-    around the mean nearest to the prior's (ours 24), -2 to 2 in each latent, rows sorted by mean variance. Images
-    larger than 128 pixels are shown, and kept, smaller, and no batch is larger than training's, which memory holds."""
+    """From images (N, C, H, W): reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10: each
+    latent from -2 to 2 around the mean nearest to the prior's (ours 24), rows sorted by mean variance. Images over 128
+    pixels are shrunk as they are made, and no batch is larger than training's, which memory holds."""
     try:
         from matplotlib.figure import Figure
     except ImportError:  # a run needs no pictures
@@ -830,7 +832,8 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
         return F.avg_pool2d(images, shrink, ceil_mode=True)
 
     with torch.no_grad():
-        mu, logvar = map(torch.cat, zip(*map(model.encode, images.split(batch))))
+        encoded = [model.encode(part) for part in images.split(batch)]
+        mu, logvar = (torch.cat(parts) for parts in zip(*encoded))
         variance = logvar.exp().mean(0)
         order = variance.argsort()[:20].tolist()  # the most informative latent first
         z = mu[mu.square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
@@ -879,9 +882,13 @@ def choose_device(config: Config) -> tuple[torch.device, str, str]:
     if config.precision:
         return device, config.precision, "as asked, or as the run began"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, which may drop them
-    units = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else any(
-        getattr(torch.cpu, name, bool)() for name in names)
-    return device, *(("bf16", "the device has bf16 units") if units else ("fp32", "the device has no bf16 units"))
+    if cuda:
+        units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        units = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in names)
+    if units:
+        return device, "bf16", "the device has bf16 units"
+    return device, "fp32", "the device has no bf16 units"
 
 
 def choose_layout(config: Config, device) -> torch.memory_format:
@@ -942,7 +949,7 @@ def compile_parts(config, data, model, discriminator=None):
     try:
         if isinstance(data, Sprites):
             data.paint = torch.compile(data.paint, dynamic=False)
-        for module in (model.encoder, model.decoder, *[discriminator] * bool(discriminator)):
+        for module in (model.encoder, model.decoder, *([discriminator] if discriminator else [])):
             module.forward = torch.compile(module.forward, dynamic=False)  # names of weights stay
         loss_function = torch.compile(vae_loss, dynamic=False)
         # It compiles what is called: now, before anything is written.
@@ -962,10 +969,10 @@ def compile_parts(config, data, model, discriminator=None):
 def capture(one_step, generator):
     """-> a function that does what `one_step` does, and what it is, in words. As a CUDA graph a step is launched
     as a whole: this model's kernels are shorter than it takes to launch them one by one. Weights, optimizer
-    state, sums and the generator's offset live on the device, and each replay moves them on. The stream of now must
-    not be the default one, and have seen a few steps."""
+    state, sums and the generator's offset live on the device, and each replay moves them on. To be called on another
+    stream than the default one, on which a few steps have run."""
     before = generator.clone_state()
-    gc.collect()  # an autograd graph that lies about would lead the next one to the stream that it has seen
+    gc.collect()  # a leftover autograd graph would pull the next one to the stream that it ran on
     try:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)  # else replays would draw the same numbers again
@@ -982,7 +989,7 @@ def capture(one_step, generator):
 
 
 def versions(device=None) -> dict:
-    """What a result depends on beside the configuration."""
+    """What a result depends on besides the configuration."""
     here, commit = Path(__file__).resolve(), None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=here.parent)
@@ -1012,7 +1019,7 @@ def train(config: Config) -> dict:
 
     Writes config.json, metrics.jsonl, checkpoint.pt and two pictures into the run folder. Raises InputError,
     before the first step, for what cannot be done, and FloatingPointError when loss or weights are no longer
-    finite. Told to stop by Ctrl-C or SIGTERM it saves and raises KeyboardInterrupt or SystemExit.
+    finite, or the KL explodes. Told to stop by Ctrl-C or SIGTERM it saves and raises KeyboardInterrupt or SystemExit.
     """
     config, checkpoint = read_run(config)
     if config.deterministic:  # read by cuBLAS when it starts
@@ -1038,8 +1045,8 @@ def train(config: Config) -> dict:
         d_optimizer = adam(discriminator.parameters(), lr=2e-5, betas=(0.5, 0.9))
         parts |= {"discriminator": discriminator, "d_optimizer": d_optimizer}
         names += ["tc", "d_loss"]
-    step, logged = 0, 0  # the last log line's step, and what has added up since
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    step, logged = 0, 0  # steps done; the step of the last log line
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)  # what has added up since
     most = math.prod(shape) * math.log(256)  # nats of the raw image: a posterior that costs more is of no use
     if checkpoint:
         restore(parts | {"generator": generator}, checkpoint, run)
@@ -1050,7 +1057,7 @@ def train(config: Config) -> dict:
     loss_function = compile_parts(config, data, model, parts.get("discriminator")) if config.compile else vae_loss
 
     def save():
-        os.fsync(log.fileno())  # the checkpoint says how far it goes
+        os.fsync(log.fileno())  # the checkpoint counts on its lines
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(config=dataclasses.asdict(config), step=step, logged=logged, sums=sums,
                       generator=generator.get_state())
@@ -1078,14 +1085,13 @@ def train(config: Config) -> dict:
 
     def one_step():
         terms = training_step(config, data, generator, **parts, loss_function=loss_function)
-        healthy = sums.isfinite().all()  # else the sums stay as they are and tell what happened first, and when
+        healthy = sums.isfinite().all()  # else the sums stay frozen, to tell what happened first, and when
         sums.copy_(torch.where(healthy, sums + terms, sums))
         added.add_(healthy)
 
     stopped = []  # signals that came
-    main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
-    handlers = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}  # as nohup asks for
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {n: h for n in numbers if (h := signal.getsignal(n)) != signal.SIG_IGN}  # nohup asks to ignore some
 
     def stop(number, frame):  # finish the step, save, leave; a second signal ends it at once
         stopped.append(number)
@@ -1094,13 +1100,16 @@ def train(config: Config) -> dict:
     several = "RANK" in os.environ  # torchrun's processes share the terminal
     bar = tqdm(total=config.steps, initial=step, unit="step") if tqdm and sys.stderr.isatty() and not several else None
     say = bar.write if bar else functools.partial(print, flush=True)
-    first, begun, begun_at, advance = step, time.perf_counter(), step, one_step
+    first, advance = step, one_step
+    begun, begun_at = time.perf_counter(), step  # of the steps whose speed is told
     stream = contextlib.ExitStack()
     try:
         for number in handlers:
             signal.signal(number, stop)
-        if config.cuda_graph:  # A graph needs another stream than the default one, and the steps before it are to be on
-            side = torch.cuda.Stream(device)  # the same, as autograd and cuBLAS go back to what they have seen.
+        if config.cuda_graph:
+            # A graph needs another stream than the default one, and the steps before it are to be on the same, as
+            # autograd and cuBLAS go back to what they have seen.
+            side = torch.cuda.Stream(device)
             usual = torch.cuda.current_stream(device)
             side.wait_stream(usual)
             stream.callback(usual.wait_stream, side)
@@ -1130,7 +1139,7 @@ def train(config: Config) -> dict:
             if not (to_log or to_save or leaving):
                 continue
             means = dict(zip(names, (sums / added).tolist(), strict=True))  # waits, too
-            weights = [p for name in parts if not name.endswith("optimizer") for p in parts[name].parameters()]
+            weights = [p for m in modules.values() if m for p in m.parameters()]
             cause = ", ".join(f"{n} is {v}" for n, v in means.items() if not math.isfinite(v))
             if cause:
                 cause += f" at step {logged + added.item():,}"
@@ -1204,8 +1213,8 @@ def train_seeds(config: Config, seeds: str) -> int:
     """A run for each seed of "A-B", one after the other, in the folders that `--seed` gives them (the usual one for
     seed 0), or <out>-seed<n>. What is there is carried on, what is finished left alone. Under torchrun each process
     takes its share of them. A run that diverges, or is refused when its turn comes, does not stop the others; what they
-    would all meet, a full disk or too little memory, does. -> the exit code. Raises InputError when a run of the share
-    is refused before any of it is trained."""
+    would all meet, a full disk or too little memory, does. -> the exit code. Raises InputError, before it trains any,
+    when a run of its share is refused."""
     try:
         first, last = map(int, seeds.split("-"))
     except ValueError:
@@ -1221,7 +1230,7 @@ def train_seeds(config: Config, seeds: str) -> int:
         c = dataclasses.replace(config, seed=seed)
         run = f"{Path(c.out)}-seed{seed}" if c.out else default_out(dataclasses.replace(c, seed=seed or None))
         there = (Path(run) / "checkpoint.pt").exists()
-        c = dataclasses.replace(c, resume=run if there else None, out=None if there else run)
+        c = dataclasses.replace(c, out=None, resume=run) if there else dataclasses.replace(c, out=run)
         full, checkpoint = read_run(c)
         return None if checkpoint and checkpoint["step"] == full.steps else c
 
@@ -1270,7 +1279,7 @@ def parse(arguments=None) -> tuple[Config, str | None]:
 
 
 def prepare_process():
-    """Output goes on where a stream is closed, and where a folder's name is no text. Ctrl-C is KeyboardInterrupt.
+    """Printing survives closed streams, and names of folders that are no text. Ctrl-C raises KeyboardInterrupt.
     The memory that a step frees is kept for the next."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it. By itself it gives large tensors
         mallopt = ctypes.CDLL(None).mallopt  # back to the system; to get them page by page took a quarter of a step

@@ -3,8 +3,8 @@
     out = act(conv2d(pad(concat([tile(z), coords])), weight, bias))
 
 z (B,K) is a batch of latents, coords (M,H,W) the coordinate channels, weight (C,K+M,kh,kw): step by
-step Algorithm 1 and the first convolution of Watters et al. 2019. Every image of that batch of
-tiles is constant, but for the borders of the convolution, and that can be used.
+step Algorithm 1 and the first convolution of Watters et al. 2019. Each tile is
+constant, so its convolution is, too, except near the borders, and that can be used.
 
 How. Convolution is linear, so it can be done on each part of the concatenation by itself:
 
@@ -27,11 +27,11 @@ be saved. The two sums over g
 
     dP[c,y,x] = sum_b g[b,c,y,x]                          dS[b,c,r,q] = sum over the class of g
 
-come from one read of it, and all else is small again: dP gives the gradient of the coordinates'
+come from one read of g, and all else is small again: dP gives the gradient of the coordinates'
 weights and of the bias, dS that of z (dS @ taps^T) and of the latents' weights (z^T @ dS, spread
-over the taps of each class). Saved for it: z, coords, weight and bias (the PyTorch form saves P and
-S too, C*Ho*Wo and B*C*R*Q numbers, the windows of up to 100 taps on the coordinates, and in bfloat16
-on a CPU the output, for its ReLU's mask: as after F.relu it must stay as it is until then).
+over the taps of each class). Saved for it: z, coords, weight and bias. The PyTorch form also
+saves P and S (C*Ho*Wo and B*C*R*Q numbers), the windows of up to 100 taps on the coordinates and, in
+bfloat16 on a CPU, the output for its ReLU's mask: as after F.relu, it must not change until then.
 
 What it costs, for the paper's layer (B=16, K=10, M=2, C=64, 64x64, k=4), float32, millions:
 
@@ -46,8 +46,8 @@ that is 64 MB against 19 forward. The output or its gradient alone, 17 MB, is th
 bytes that kernels/bench.py counts. In bfloat16 a CPU's backward pass goes eagerly through the whole
 batch, 25 million numbers of half the size: in pieces it took longer, as a sum over few images does.
 
-Where it does not pay. On an 8x8 grid with k=5, 25 classes for 64 pixels, S is nearly as large as
-the output and launching the kernels costs more than running them. And this layer is 15% of the
+Where it does not pay. On an 8x8 grid with k=5, 25 classes for 64 pixels, S has 0.4 times the
+numbers of the output, and launching the kernels costs more than running them. And this layer is 15% of the
 multiply-adds of the paper's decoder (12,288 of 80,896 per pixel), so a free one makes the decoder's
 forward pass at most 1 / (1 - 0.152) = 1.18 times as fast.
 
@@ -70,7 +70,7 @@ autocast's dtype while P and S stay in float32, as does the plain convolution th
 the smallest on a CPU: closer to the float32 result than rounding latents and weights. No atomics:
 same input, same bits.
 
-MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
+MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11, 2.13 and 2.14.
 """
 
 import contextlib
@@ -944,7 +944,7 @@ def broadcast_conv2d(
     backend      "auto", "reference", "torch" or "triton"
     out_format   "contiguous" (NCHW) or "channels_last": how the output lies in memory
 
-    All floating point, of one dtype (any mix under autocast), on one device. Returns (B,C,Ho,Wo).
+    Tensors are floating point, of one dtype (any mix under autocast), on one device. Returns (B,C,Ho,Wo).
     Gradients flow to all four tensors. Raises ValueError for what does not fit, and with
     backend="triton" for what the kernels can't take; "auto" then takes "torch".
     """

@@ -111,7 +111,7 @@ convolution's, and gradients of all that requires one are made, even if only x's
 Until the backward pass x must stay as it is. In bfloat16 its gradient may be a view of a larger
 tensor (not a leaf's `.grad`). Same input and number of threads, same bits.
 
-MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11 and 2.13.
+MIT License, Copyright (c) 2026 The sbvae authors. Tested with PyTorch 2.11, 2.13 and 2.14.
 """
 
 import functools
