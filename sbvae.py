@@ -841,7 +841,7 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
             z[row, :, k] = torch.linspace(-2, 2, 11)
         sweeps = torch.stack([decode(row) for row in z])
         pairs = torch.stack([small(images[:10]), decode(mu[:10])])
-    labels = [f"z{k}   mean σ² {variance[k]:.3f}" for k in order]
+    labels = [f"z{k}   mean σ² {variance[k]:.2g}" for k in order]
     for name, grid, names in (("reconstructions", pairs, ["data", "model"]), ("traversals", sweeps, labels)):
         rows, columns, _, h, w = grid.shape
         tiles = F.pad(grid, (1, 1, 1, 1), value=1.0).permute(0, 3, 1, 4, 2)  # a white line around each
