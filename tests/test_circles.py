@@ -681,6 +681,26 @@ def test_previews_of_small_sets(tmp_path, name):
         assert next(tmp_path.glob("*.png")).stat().st_size > 5000
 
 
+def test_a_preview_shows_factors_in_their_colours_the_hole_and_images(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: drawn.append(self))
+    path = gen_circles.generate("circles-xyh-small:hole-corner", num=40, out=tmp_path, progress=False)
+    gen_circles.preview(path)
+    left, right = drawn[0].subfigs
+    axes, arrays = left.axes[0], np.load(path, allow_pickle=False)
+    dots = axes.collections[0]
+    np.testing.assert_array_equal(dots.get_offsets(), arrays["factors"][:, :2])
+    np.testing.assert_allclose(dots.get_facecolors()[:, :3] * 255, arrays["colors"])
+    assert np.ptp(arrays["colors"].astype(int), axis=0).max() > 100  # the hues differ
+    assert axes.patches[0].get_bbox().extents == pytest.approx((0.5, 0.5, 0.8, 0.8))
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # y points down, as in the images
+    shown = [axes.images[0].get_array() for axes in right.axes]
+    np.testing.assert_array_equal(shown, gen_circles.images(path)[:16])
+    assert all(image.any() for image in shown)
+
+
 def test_errors_of_the_command_line(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "circles-xh.npz").mkdir()
