@@ -156,8 +156,8 @@ def check_types(config: Config) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """A copy with a default for every None, the paper's where it has one (Tables 1 to 4); `precision` waits for the
-    device. Raises InputError for values and combinations that make no sense."""
+    """A copy with a default for every None, the paper's where it has one (Tables 1 to 4); precision and image_shape
+    wait for device and data. Raises InputError for values and combinations that make no sense."""
     c = check_types(config)
     data, factor, broadcast = family(c.dataset), c.model == "factorvae", c.decoder in (None, "broadcast")
     cuda = torch.cuda.is_available() if c.device is None else c.device.startswith("cuda")
@@ -202,7 +202,7 @@ def resolve(config: Config) -> Config:
 
 
 def default_out(config: Config) -> str:
-    """runs/<data>-<decoder>, then whatever else was set that changes the run."""
+    """runs/<data>-<decoder>, then whatever else was set but for device, folder, and what only logs and saves."""
     parts = [Path(config.dataset or "sprites").stem.replace(":", "-"), config.decoder or "broadcast"]
     silent = ("dataset", "decoder", "device", "out", "resume", "log_every", "save_every", "image_shape")
     for name, value in vars(config).items():
