@@ -734,8 +734,8 @@ def draw_objects(factors):
     The first call on a device traces the rays (some seconds, 63 MB kept); each further one only
     paints. ValueError for a wrong dtype or shape, or on the CPU for a class out of range.
 
-    The paper speaks of "a continuous set of hues in the range [0.0, 0.9]", and of 480,000 images with 10 hues
-    for each part: these are the 10 of the official file, 0, 0.1, ... 0.9."""
+    The paper speaks of "a continuous set of hues in the range [0.0, 0.9]", and of 480,000 images
+    with 10 hues for each part: these are the 10 of the official file, 0, 0.1, ... 0.9."""
     check_classes(factors, Objects.factor_sizes)
     return _paint(factors.long()).permute(0, 2, 3, 1)
 

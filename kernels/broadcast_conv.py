@@ -3,8 +3,8 @@
     out = act(conv2d(pad(concat([tile(z), coords])), weight, bias))
 
 z (B,K) is a batch of latents, coords (M,H,W) the coordinate channels, weight (C,K+M,kh,kw): step by
-step Algorithm 1 and the first convolution of Watters et al. 2019. Each tile is
-constant, so its convolution is, too, except near the borders, and that can be used.
+step Algorithm 1 and the first convolution of Watters et al. 2019. Each tile is constant, so its
+convolution is, too, except near the borders, and that can be used.
 
 How. Convolution is linear, so it can be done on each part of the concatenation by itself:
 
@@ -47,9 +47,9 @@ bytes that kernels/bench.py counts. In bfloat16 a CPU's backward pass goes eager
 batch, 25 million numbers of half the size: in pieces it took longer, as a sum over few images does.
 
 Where it does not pay. On an 8x8 grid with k=5, 25 classes for 64 pixels, S has 0.4 times the
-numbers of the output, and launching the kernels costs more than running them. And this layer is 15% of the
-multiply-adds of the paper's decoder (12,288 of 80,896 per pixel), so a free one makes the decoder's
-forward pass at most 1 / (1 - 0.152) = 1.18 times as fast.
+numbers of the output, and launching the kernels costs more than running them. And this layer is 15%
+of the multiply-adds of the paper's decoder (12,288 of 80,896 per pixel), so a free one makes the
+decoder's forward pass at most 1 / (1 - 0.152) = 1.18 times as fast.
 
 Three forms, chosen by `backend`:
     reference   the formula above, two lines of it
@@ -944,8 +944,8 @@ def broadcast_conv2d(
     backend      "auto", "reference", "torch" or "triton"
     out_format   "contiguous" (NCHW) or "channels_last": how the output lies in memory
 
-    Tensors are floating point, of one dtype (any mix under autocast), on one device. Returns (B,C,Ho,Wo).
-    Gradients flow to all four tensors. Raises ValueError for what does not fit, and with
+    Tensors are floating point, of one dtype (any mix under autocast), on one device. Returns
+    (B,C,Ho,Wo). Gradients flow to all four tensors. Raises ValueError for what does not fit, and with
     backend="triton" for what the kernels can't take; "auto" then takes "torch".
     """
     _check_options(activation, backend, out_format)

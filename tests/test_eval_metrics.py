@@ -756,7 +756,7 @@ def test_metrics_of_senseless_arguments(call):
     assert "\n" not in str(error.value)
 
 
-def test_half_precision_codes_have_single_precision_scores():
+def test_half_precision_codes_have_single_precision_scores_and_doubles_their_own():
     rng = np.random.default_rng(0)
     factors = rng.integers(0, 5, (2000, 2))
     codes = torch.tensor(30_000 * (factors + 0.1 * rng.normal(size=factors.shape) - 2) / 2)
@@ -766,6 +766,9 @@ def test_half_precision_codes_have_single_precision_scores():
     for other in (factors.astype(np.uint8), factors.astype(np.longdouble), torch.tensor(factors), factors > 2):
         assert evaluation.mig(other, factors) > 0.2
         assert np.isfinite(evaluation.mig_sampled(other, np.full(factors.shape, -9), factors))
+    far = torch.tensor(factors, dtype=torch.float64) + 1e9  # a double tells these apart, a float does not
+    assert evaluation.mig(far, factors) == evaluation.mig(far.numpy(), factors) > 0.8
+    assert evaluation.mig(far.float(), factors) == 0
 
 
 def test_a_bad_run_does_not_stop_the_others(runs, no_pictures, capsys):
