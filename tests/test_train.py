@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+import naive
 import numpy as np
 import pytest
 import torch
+from torch import distributions as D
 
 import sbvae
 from sbvae import Config
@@ -202,6 +205,89 @@ def test_a_run_goes_on_where_memory_does_not_suffice_for_pictures(tmp_path, monk
     errors = [RuntimeError("something else")]
     with pytest.raises(RuntimeError, match="something else"):
         sbvae.train(Config(resume=str(tmp_path / "r"), steps=4))
+
+
+@pytest.mark.parametrize("changes", [dict(beta=4.0), dict(likelihood="gaussian"), dict(model="factorvae", gamma=350.0)],
+                         ids=lambda changes: "-".join(map(str, changes.values())))
+def test_training_is_the_papers(changes, tmp_path, monkeypatch):
+    """Six steps of the program against a transcription in float64 of the paper's losses, of Adam (Kingma and Ba,
+    algorithm 1) and of FactorVAE (Kim and Mnih, algorithm 2): what each step logs, and the weights at the end."""
+    build = sbvae.build_model
+
+    def widened(config):  # else no posterior is narrow yet, and the KL does not count
+        model = build(config)
+        with torch.no_grad():
+            model.encoder.latents.weight.mul_(60)
+        return model
+
+    monkeypatch.setattr(sbvae, "build_model", widened)
+    images = np.random.default_rng(0).integers(0, 256, (50, 16, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    factor = "model" in changes
+    config = Config(dataset=str(tmp_path / "images.npz"), batch_size=8, seed=5, steps=6, log_every=1, device="cpu",
+                    precision="fp32", out=str(tmp_path / "r"), **changes)
+    shaped = sbvae.resolve(dataclasses.replace(config, image_shape=[3, 16, 32]))
+    start = {k: v.double() for k, v in widened(shaped).state_dict().items() if "coords" not in k}
+    judge = sbvae.build_discriminator(10, 5).double()  # another one than seed 0's
+    d_start = {k: v.clone() for k, v in judge.state_dict().items()}
+    generator = torch.Generator().manual_seed(5)
+
+    def batch():
+        index = torch.randint(50, (8,), generator=generator)
+        return torch.from_numpy(images)[index].permute(0, 3, 1, 2).double() / 255
+
+    def noise():
+        return torch.randn(8, 10, generator=generator).double()
+
+    def adam(weights, lr, beta1, beta2):
+        m, v = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+        for t in itertools.count(1):
+            loss = yield
+            for i, (w, g) in enumerate(zip(weights, torch.autograd.grad(loss, weights), strict=True)):
+                m[i] = beta1 * m[i] + (1 - beta1) * g
+                v[i] = beta2 * v[i] + (1 - beta2) * g**2
+                w.data -= lr * (m[i] / (1 - beta1**t)) / ((v[i] / (1 - beta2**t)).sqrt() + 1e-8)
+
+    w = {k: v.clone().requires_grad_() for k, v in start.items()}
+    vae_adam = adam(list(w.values()), 1e-4 if factor else 3e-4, 0.9, 0.999)
+    d_adam = adam(list(judge.parameters()), 2e-5, 0.5, 0.9)
+    next(vae_adam), next(d_adam)
+    expected = []
+    for _ in range(6):
+        x = batch()
+        mu, logvar = naive.encode(w, x)
+        q = D.Normal(mu, (logvar / 2).exp())
+        z = mu + q.stddev * noise()
+        out = naive.decode(w, z, 16, 32)
+        p = D.Normal(out, 0.3**0.5) if "likelihood" in changes else D.Bernoulli(logits=out, validate_args=False)
+        nll = -p.log_prob(x).sum((1, 2, 3)).mean()
+        kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(1).mean()
+        loss = nll + changes.get("beta", 1) * kl
+        line = dict(elbo=nll + kl, nll=nll, kl=kl, latents_used=(q.stddev < 0.5).sum(1).double().mean())
+        if factor:
+            log_d = judge(z).log_softmax(1)
+            line["tc"] = (log_d[:, 0] - log_d[:, 1]).mean()
+            loss = loss + 350 * line["tc"]
+        vae_adam.send(loss)
+        if factor:
+            mu, logvar = naive.encode(w, batch())
+            other = (mu + (logvar / 2).exp() * noise()).detach()
+            order = torch.rand(8, 10, generator=generator).argsort(0)
+            permuted = torch.stack([other[order[:, k], k] for k in range(10)], 1)
+            p_joint, p_permuted = judge(z.detach()).softmax(1)[:, 0], judge(permuted).softmax(1)[:, 1]
+            line["d_loss"] = -(p_joint.log() + p_permuted.log()).mean() / 2
+            d_adam.send(line["d_loss"])
+        expected.append({k: v.item() for k, v in line.items()})
+    sbvae.train(config)
+    for ours, theirs in zip(history(tmp_path / "r"), expected, strict=True):
+        assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=5e-3)
+    assert 0 < expected[0]["latents_used"] < 10
+    saved = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
+    ends = [(saved["model"], w, start)] + factor * [(saved.get("discriminator"), judge.state_dict(), d_start)]
+    for ours, theirs, before in ends:
+        off, moved = (math.sqrt(sum((a[k] - theirs[k].detach()).square().sum().item() for k in theirs))
+                      for a in (ours, before))
+        assert off < 0.05 * moved
 
 
 def test_factorvae_gradients_stay_on_their_side(tmp_path, monkeypatch):
