@@ -777,7 +777,8 @@ def read_run(config: Config) -> tuple[Config, dict | None]:
         if name not in FREE_ON_RESUME and value != getattr(saved, name):
             raise InputError(f"{run} was trained with {flag(name)} {getattr(saved, name)}, not {value}; drop the "
                              "flag, or train anew with another --out")
-    if asked.get("steps", saved.steps) < checkpoint["step"]:
+    cut_short = checkpoint["step"] < saved.steps  # then a step is left to do: the last one logs and draws
+    if asked.get("steps", saved.steps) < checkpoint["step"] + cut_short:
         raise InputError(f"{run} is at step {checkpoint['step']} already; --steps must be more")
     changes = {n: v for n, v in asked.items() if n in FREE_ON_RESUME}
     return resolve(dataclasses.replace(saved, **changes | {"out": str(run), "resume": None})), checkpoint

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import datasets
+import sbvae
 from datasets import load_file
 
 ROOT = Path(datasets.__file__).parent
@@ -199,6 +200,44 @@ def test_cache_of_compressed_images_follows_its_source(tmp_path):
         assert (pixels(load(), range(5))[..., 0] == second).all()
         assert kept.read_bytes() == whole
     assert list(cache.iterdir()) == [kept]
+
+
+def test_one_file_of_a_folder_that_changed_is_noticed(tmp_path):
+    """The chairs' cache: any file of the folder, not only the oldest, and without another size."""
+    files = [tmp_path / name for name in "abc"]
+    for age, path in enumerate(files):
+        path.write_text("x")
+        os.utime(path, (1000 + age, 1000 + age))
+    cache, stamp = datasets._cache(tmp_path, tmp_path / "data", files)
+    assert datasets._cache(tmp_path, tmp_path / "data", files) == (cache, stamp)
+    for path in files:
+        before = path.stat().st_mtime_ns
+        os.utime(path, (2000, 2000))
+        assert datasets._cache(tmp_path, tmp_path / "data", files)[1] != stamp
+        os.utime(path, ns=(before, before))
+
+
+def test_images_take_half_of_the_memory_at_most(tmp_path, monkeypatch):
+    images = random_images(np.random.default_rng(0), 5, 8, 6)
+    np.savez(tmp_path / "a.npz", images=images)
+    for free, on_device in ((2 * images.size, True), (2 * images.size - 2, False)):
+        monkeypatch.setattr(datasets, "free_memory", lambda device, free=free: free)
+        assert datasets.load_file(tmp_path / "a.npz").on_device == on_device
+
+
+def test_caches_lie_in_the_data_folder_one_for_each_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "free_memory", lambda device: 0)
+    for name, seed in (("a", 0), ("b", 1)):
+        Path(name).mkdir()
+        np.savez_compressed(f"{name}/same.npz", images=random_images(np.random.default_rng(seed), 5, 8, 6))
+        sbvae.load_dataset(f"{name}/same.npz", data_dir="kept")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "kept"]
+    made = {p: p.stat().st_mtime_ns for p in Path("kept").iterdir()}
+    assert len(made) == 2
+    for name in "ab":
+        sbvae.load_dataset(f"{name}/same.npz", data_dir="kept")
+    assert made == {p: p.stat().st_mtime_ns for p in Path("kept").iterdir()}
 
 
 def test_a_cache_that_fails_leaves_nothing(tmp_path, monkeypatch):

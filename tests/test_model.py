@@ -46,6 +46,10 @@ ROWS = [  # (where in the paper, config, encoder, decoder)
     ("Table 2 broadcast", dict(model="factorvae"), ENCODER_FACTOR, BROADCAST),
     ("Table 2 deconv", dict(model="factorvae", decoder="deconv"), ENCODER_FACTOR,
      fc(10, 256) + 2 * MID + conv(64, 32) + conv(32, 32) + conv(32, 3)),
+    ("Table 2 deconv, 3 layers (ours 8)", dict(model="factorvae", decoder="deconv", conv_layers=3), ENCODER_FACTOR,
+     fc(10, 8 * 8 * 64) + conv(64, 32) + conv(32, 32) + conv(32, 3)),
+    ("Table 2 deconv, 6 layers (ours 8)", dict(model="factorvae", decoder="deconv", conv_layers=6), ENCODER_FACTOR,
+     fc(10, 64) + 3 * MID + conv(64, 32) + conv(32, 32) + conv(32, 3)),
     ("Table 5: 2", dict(conv_layers=2), ENCODER, conv(12, 64) + OUT),
     ("Table 5: 3", dict(conv_layers=3), ENCODER, BROADCAST),
     ("Table 5: 4", dict(conv_layers=4), ENCODER, BROADCAST + MID),
@@ -119,6 +123,9 @@ def test_defaults_are_the_papers():
     assert get(dataset="circles-xy:blank", model="factorvae")[0] == get(dataset="circles-xyh-tiny")[0] == 500_000
     assert get(dataset="chairs")[0] == 700_000
     assert (get(dataset="objects")[0], get(dataset="objects")[6]) == (2_500_000, 6)
+    ours = sbvae.resolve(Config(device="cpu"))
+    assert (ours.likelihood, ours.seed, ours.log_every, ours.save_every) == ("bernoulli", 0, 200, 5000)
+    assert sbvae.resolve(Config(device="cuda:0")).save_every == 50_000
 
 
 # ------------------------------------------------------------------------------------------- broadcast, padding
@@ -351,6 +358,14 @@ def test_losses_against_distributions():
         sbvae.vae_loss(logits, images.mT, mu, logvar)
 
 
+def test_pixels_of_each_likelihood():
+    logits = torch.tensor([-1.0, 0.0, 0.3, 2.0])
+    p = [1 / (1 + math.exp(-v)) for v in logits.tolist()]
+    for likelihood, expected in (("bernoulli", p), ("gaussian", [0, 0, 0.3, 1])):
+        model = sbvae.build_model(Config(likelihood=likelihood, conv_layers=1, image_shape=[1, 8, 8]))
+        torch.testing.assert_close(model.pixels(logits), torch.tensor(expected, dtype=torch.float32))
+
+
 def test_reparameterize():
     mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, 2 * math.log(0.1)]])
     z = sbvae.reparameterize(mu.expand(40_000, -1), logvar.expand(40_000, -1), torch.Generator().manual_seed(0))
@@ -428,6 +443,8 @@ def test_discriminator_finds_the_total_correlation_of_a_gaussian():
     (dict(model="factorvae", batch_size=1), "--batch-size"),
     (dict(decoder="deconv", conv_layers=7), "--conv-layers"),
     (dict(upscales=3, image_shape=[3, 60, 64]), "--upscales"),
+    (dict(upscales=3, image_shape=[3, 64, 60]), "--upscales"),
+    (dict(decoder="deconv", image_shape=[3, 64, 48]), "--conv-layers"),
     (dict(decoder="conv"), "broadcast, deconv, coordconv"),
     (dict(beta=-1.0), "--beta"), (dict(beta=math.nan), "--beta"), (dict(lr=0.0), "--lr"), (dict(lr=math.inf), "--lr"),
     (dict(latents=True), "--latents"), (dict(shuffle_coords="no"), "--shuffle-coords"), (dict(dataset=5), "--dataset"),

@@ -273,6 +273,32 @@ def test_colored_sprites():
     assert 12 < centroid.min() < 17 and 47 < centroid.max() < 52
 
 
+def test_factors_of_samples_are_uniform():
+    seen = []
+    data = sbvae.Sprites(masks=lambda f: seen.append(f) or torch.zeros(len(f), 1, 1, dtype=torch.bool))
+    data.sample(40_000, torch.Generator().manual_seed(0))
+    for column, size in zip(seen[0].T, sbvae.SPRITE_SIZES, strict=True):
+        counts = column.bincount(minlength=size)
+        assert len(counts) == size
+        chi_squared = ((counts - 40_000 / size) ** 2 / (40_000 / size)).sum()
+        assert chi_squared < size - 1 + 5 * math.sqrt(2 * (size - 1))
+
+
+def test_names_are_those_of_the_columns():
+    data = sbvae.Sprites()
+
+    def look(**classes):  # a small square in the upper left, but for these
+        usual = dict.fromkeys(data.factor_names, 0) | dict(value=5)
+        image = data.draw(torch.tensor([[(usual | classes)[name] for name in data.factor_names]]))[0].amax(0)
+        y, x = image.nonzero().double().mean(0).tolist()
+        return round(x), round(y), round(image.max().item(), 2), (image > 0).sum().item()
+
+    assert look() == (16, 16, 0.52, 100)
+    assert look(x=31) == (48, 16, 0.52, 100) and look(y=31) == (16, 48, 0.52, 100)
+    assert look(value=9)[2] == 0.68 and look(saturation=9)[2] == look(hue=9)[2] == 0.52
+    assert look(scale=5)[3] == 400 and look(shape=1, scale=5)[3] != 400 != look(orientation=4, scale=5)[3]
+
+
 def test_draw_takes_the_centres_of_colour_bins():
     data = sbvae.load_dataset("sprites")
     factors = torch.tensor([[1, 5, 3, 9, 20, 7, 2, 9]])

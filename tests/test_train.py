@@ -137,6 +137,82 @@ def test_kill_9_at_any_moment_then_resume_is_exact(tmp_path):
     assert not list(broken.glob(".*")) and not list(broken.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("model", ["vae", "factorvae"])
+def test_resume_between_two_log_lines_is_exact(model, tmp_path, monkeypatch):
+    """A crash at the fifth step, of the checkpoint at step 4, with a log line every third: sums of one step are in it.
+    Not left to chance, as to kill a process at a random moment is on a busy machine."""
+    np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8))
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: None)
+    config = dict(**TINY, dataset=str(tmp_path / "a.npz"), model=model, precision="fp32", log_every=3, save_every=2)
+    sbvae.train(Config(**config, steps=7, out=str(tmp_path / "whole")))
+    step, calls = sbvae.training_step, []
+
+    def crash(*arguments, **parts):
+        calls.append(1)
+        if len(calls) == 6:
+            raise ZeroDivisionError
+        return step(*arguments, **parts)
+
+    monkeypatch.setattr(sbvae, "training_step", crash)
+    with pytest.raises(ZeroDivisionError):
+        sbvae.train(Config(**config, steps=7, out=str(tmp_path / "r")))
+    assert torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)["step"] == 4
+    sbvae.train(Config(resume=str(tmp_path / "r")))
+    assert_same_state(tmp_path / "whole", tmp_path / "r")
+    assert history(tmp_path / "whole") == history(tmp_path / "r")
+
+
+def test_resume_takes_new_intervals_and_the_steps_it_has(tmp_path):
+    run = tmp_path / "r"
+    sbvae.train(Config(**TINY, steps=2, log_every=2, out=str(run)))
+    assert sbvae.train(Config(resume=str(run), steps=2))["step"] == 2  # nothing to do, and no mistake
+    sbvae.train(Config(resume=str(run), steps=5, log_every=1, save_every=3))
+    assert [r["step"] for r in history(run)] == [2, 3, 4, 5]
+    told = json.loads((run / "config.json").read_text())["config"]
+    assert (told["steps"], told["log_every"], told["save_every"]) == (5, 1, 3)
+
+
+def test_a_run_cut_short_is_not_done_where_it_stopped(tmp_path, monkeypatch):
+    """To end it there would leave it without its last log line and pictures; a step further it has both."""
+    loss, calls = sbvae.vae_loss, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*arguments)
+
+    monkeypatch.setattr(sbvae, "vae_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sbvae.train(Config(**TINY, steps=50, log_every=3, out=str(tmp_path / "r")))
+    before = {p: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    with pytest.raises(sbvae.InputError, match="is at step 4 already; --steps must be more"):
+        sbvae.train(Config(resume=str(tmp_path / "r"), steps=4))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    assert sbvae.train(Config(resume=str(tmp_path / "r"), steps=5))["step"] == 5
+    assert [r["step"] for r in history(tmp_path / "r")] == [3, 5] and (tmp_path / "r/traversals.png").exists()
+    assert sbvae.train(Config(resume=str(tmp_path / "r")))["step"] == 5  # it is done now
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch):
+    """Without a checkpoint of what was under way; and handlers are afterwards what they were before."""
+    loss, number, before = sbvae.vae_loss, signal.SIGINT, [signal.getsignal(n) for n in (2, 15)]
+
+    def signals(times):
+        def interrupted(*arguments):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+            return loss(*arguments)
+        return interrupted
+
+    for times, saved in ((1, 1), (2, 0)):
+        monkeypatch.setattr(sbvae, "vae_loss", signals(times))
+        with pytest.raises(KeyboardInterrupt):
+            sbvae.train(Config(**TINY, steps=4, out=str(tmp_path / str(times))))
+        assert torch.load(tmp_path / str(times) / "checkpoint.pt", weights_only=True)["step"] == saved
+        assert [signal.getsignal(n) for n in (2, 15)] == before
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_leave(number, code, tmp_path):
     process = subprocess.Popen(command(*QUICK, "--steps", 100_000, "--save-every", 50_000, "--out", "r"), cwd=tmp_path,
@@ -291,6 +367,23 @@ def test_training_is_the_papers(changes, tmp_path, monkeypatch):
         off, moved = (math.sqrt(sum((a[k] - theirs[k].detach()).square().sum().item() for k in theirs))
                       for a in (ours, before))
         assert off < 0.05 * moved
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_step_is_in_the_precision_asked_for(precision, dtype, tmp_path, monkeypatch):
+    build, seen = sbvae.build_model, []
+
+    def watched(config):
+        model = build(config)
+        for conv in (model.encoder.convs[1], model.decoder.convs[-1]):
+            conv.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        return model
+
+    monkeypatch.setattr(sbvae, "build_model", watched)
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: None)
+    sbvae.train(Config(batch_size=2, conv_layers=2, steps=2, device="cpu", precision=precision,
+                       out=str(tmp_path / "r")))
+    assert seen == [dtype] * 4
 
 
 def test_factorvae_gradients_stay_on_their_side(tmp_path, monkeypatch):
@@ -459,6 +552,33 @@ def test_speed_is_steps_over_time(tmp_path, monkeypatch, capsys):
         assert {line["images_per_s"] for line in lines} == {2.0 * TINY["batch_size"]}
 
 
+def test_what_is_printed_is_what_is_logged_and_the_time_left(tmp_path, monkeypatch, capsys):
+    """By a clock on which a step takes half a second."""
+    now, step = [0.0], sbvae.training_step
+
+    def slow(*arguments, **parts):
+        now[0] += 0.5
+        return step(*arguments, **parts)
+
+    monkeypatch.setattr(sbvae, "training_step", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    sbvae.train(Config(**TINY, model="factorvae", steps=6, log_every=2, out=str(tmp_path / "r")))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    pattern = (r"step +(\d+)  ELBO +([\d.]+)  NLL +([\d.]+)  KL +([\d.]+)  latents used +([\d.]+)  TC +(-?[\d.]+)  "
+               r"D loss ([\d.]+) ")
+    names = ("step", "elbo", "nll", "kl", "latents_used", "tc", "d_loss")
+    for line, record in zip(lines, history(tmp_path / "r", timing=True), strict=True):
+        told = dict(zip(names, map(float, re.match(pattern, line).groups()), strict=True))
+        assert told == pytest.approx({n: record[n] for n in names}, abs=0.006)
+        assert record["seconds_left"] == (6 - record["step"]) / 2
+
+
+def test_clock():
+    for seconds, told in ((30, "0.5 min"), (7199, "120.0 min"), (7200, "2.0 h"), (47.9 * 3600, "47.9 h"),
+                          (48 * 3600, "2.0 days"), (31 * 86400, "31.0 days")):
+        assert sbvae.clock(seconds) == told
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_graph_is_captured_on_the_stream_of_the_steps_before(fails, fake_cuda, tmp_path, monkeypatch, capsys):
     """Three steps, then the graph, all on a stream that waits for the usual one, and at the end the usual one for it.
@@ -539,6 +659,18 @@ def test_a_diverged_run_ends_with_one_line(tmp_path):
 def write_npz(path, **arrays):
     np.savez(path, **arrays)
     return path
+
+
+def test_each_process_takes_its_share_of_the_cores(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)))
+    for beside in (1, 2, 3, 16):
+        for name, value in dict(RANK=20, WORLD_SIZE=40, LOCAL_RANK=0, LOCAL_WORLD_SIZE=beside).items():
+            monkeypatch.setenv(name, str(value))
+        assert sbvae.share_machine() == (20, 40)
+    assert taken == [5, 3, 1]
 
 
 def test_seeds_are_runs_by_themselves(tmp_path):

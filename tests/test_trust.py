@@ -244,6 +244,16 @@ def test_training_killed_at_random_moments(nursery, whole):
         runs += 1
 
 
+def test_files_reach_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    """Else a power failure could leave the new name on an empty file."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: (done.append("fsync"), fsync(*a)))
+    monkeypatch.setattr(os, "replace", lambda *a: (done.append("replace"), replace(*a)))
+    with sbvae.atomically(tmp_path / "a") as path:
+        path.write_text("b")
+    assert done == ["fsync", "replace"] and (tmp_path / "a").read_text() == "b"
+
+
 def test_killed_at_each_line_that_writes(nursery, whole):
     """Not left to chance: in each line of the functions that write into the run folder, in their second call at step 4,
     and in the first ones, when the folder is new. Without SBVAE_SLOW=1 every fifth line."""
