@@ -729,3 +729,37 @@ def test_an_interrupted_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gen_circles, "draw_rows", interrupted)
     assert gen_circles.main(["circles-xy", "--out", str(tmp_path)]) == 130
     assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_large_set_is_drawn_row_by_row_too(tmp_path):
+    """Beyond the 50,000 that are drawn at once."""
+    found = gen_circles.read(gen_circles.generate("circles-xy", 100_007, 3, tmp_path, progress=False))
+    expected = gen_circles.draw_rows("circles-xy", 0, 100_007, 3)
+    for key, values in expected.items():
+        np.testing.assert_array_equal(found[key], values)
+    assert len(np.unique(found["factors"], axis=0)) > 99_000
+
+
+def test_the_same_holes_and_blanks_on_every_machine():
+    """Values fixed when the test was written, of seed 0."""
+    blank = gen_circles.draw_rows("circles-xh:blank", 0, 16)["blank"]
+    assert "".join(map(str, blank.astype(int))) == "0010100111100000"
+    for name, first in (("hole-center", [0.5017320, 0.2362324]), ("hole-corner", [0.3517320, 0.5362324])):
+        expected = [first, [0.7253569, 0.6916409 - 0.3 * (name == "hole-corner")], [0.2380734, 0.3792576]]
+        factors = gen_circles.draw_rows(f"circles-xy:{name}", 0, 3)["factors"]
+        np.testing.assert_allclose(factors, expected, rtol=0, atol=1e-6)
+
+
+def test_half_a_million_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def obtain(name, num, *_):
+        asked.append((name, num))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(gen_circles, "obtain", obtain)
+    assert gen_circles.main(["circles-xy"]) == 2
+    for call in (gen_circles.load, gen_circles.generate):
+        with pytest.raises(ValueError, match="enough"):
+            call("circles-xy")
+    assert asked == [("circles-xy", 500_000)] * 3

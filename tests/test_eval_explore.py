@@ -413,3 +413,78 @@ def test_a_display_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(pygame.display, "get_driver", lambda: "offscreen")  # SDL's choice then
     with pytest.raises(sbvae.InputError, match="no display"):
         evaluation.open_window("test")
+
+
+def test_a_sweep_returns_to_the_image_that_is_shown(state):
+    frame(state, press(pygame.K_SPACE, pygame.K_n))
+    evaluation.advance_sweep(state, 0.7)
+    assert state.sweeping and state.row == 0
+    mean = encode(state)[0]
+    assert (state.z[1] - mean[1]).abs() > 0.01
+    frame(state, press(pygame.K_DOWN))
+    assert state.z[1] == mean[1]
+
+
+def test_latents_without_a_slider_are_the_least_informative(display):
+    model = sbvae.build_model(sbvae.Config(latents=33, conv_layers=1)).eval()
+    width = np.random.default_rng(0).permutation(33)
+    with torch.no_grad():
+        model.encoder.latents.weight[33:] = 0
+        model.encoder.latents.bias[33:] = torch.from_numpy(-0.2 * width).float()
+    data = types.SimpleNamespace(sample=lambda n, generator: torch.rand(n, 3, 64, 64, generator=generator))
+    assert evaluation.start_explorer(model, data, images=2).order == np.argsort(-width)[:30].tolist()
+
+
+def test_each_row_tells_its_own_latent(state, monkeypatch):
+    """Its name, factor, variance and value, and in blue this image's posterior."""
+    written = []
+
+    def spies(fonts=evaluation.explorer_fonts):
+        return {size: types.SimpleNamespace(render=lambda text, *a, font=font: written.append(text) or font.render(
+            text, *a)) for size, font in fonts().items()}
+
+    monkeypatch.setattr(evaluation, "explorer_fonts", spies)
+    mean, logvar = encode(state)
+    state.factors = {1: "hue", 0: "x"}
+    state.z = torch.tensor([3.0, -3, 2.9])  # out of the way of the blue line
+    window = frame(state)
+    values = {0: "+3.00", 1: "-3.00", 2: "+2.90"}
+    wanted = [(f"z{k}", state.factors.get(k, ""), f"{state.variance[k]:.4f}", values[k]) for k in (1, 2, 0)]
+    assert [tuple(written[i : i + 4]) for i in range(len(written) - 12, len(written), 4)] == wanted
+    assert "z1 = -3.00, tells most about hue" in written
+    for row, k in enumerate((1, 2, 0)):
+        blue = np.flatnonzero((window[64 + 44 * row + 22] == evaluation.SPREAD).all(1))
+        for end, sign in ((blue.min(), -1), (blue.max(), 1)):
+            value = max(-3, min(3, (mean[k] + sign * (0.5 * logvar[k]).exp()).item()))
+            assert abs(end - (920 + 200 * (value + 3) / 6)) <= 1.5 or value > 2.5
+
+
+def test_explore_tells_the_factors_of_metrics_json(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluation, "open_window", lambda title: None)
+    monkeypatch.setattr(evaluation, "play", lambda state, *_: shown.append(state.factors))
+    monkeypatch.setattr(evaluation, "named_factors", lambda path, step: {2: f"{path.name} {step}"})
+    evaluation.explore(run, "cpu")
+    assert shown == [{2: "run 1"}]
+
+
+def test_the_variances_shown_are_means_over_the_images(state):
+    with torch.no_grad():
+        images = state.data.sample(20, torch.Generator().manual_seed(0))
+        expected = state.model.encode(images)[1].exp().mean(0)
+    torch.testing.assert_close(torch.tensor(state.variance), expected)
+
+
+def test_a_sweep_in_the_loop_takes_four_seconds(state, monkeypatch):
+    """A frame of 40 ms, a hundredth of it; one of a second, when the machine sleeps, counts as a tenth."""
+    phases, ticks = [], iter([0, 40, 40, 1000])
+    monkeypatch.setattr(pygame.time, "Clock", lambda: types.SimpleNamespace(tick=lambda fps: next(ticks)))
+
+    def draw(_, state):
+        phases.append(state.phase)
+        state.running = len(phases) < 4
+
+    monkeypatch.setattr(evaluation, "draw_window", draw)
+    evaluation.start_sweep(state)
+    evaluation.play(state, pygame.display.get_surface(), None)
+    np.testing.assert_allclose(np.diff(phases) * 4 / (2 * math.pi), [0.04, 0.04, 0.1])

@@ -574,3 +574,10 @@ assert matplotlib.rcParams.copy() == before
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120,
                           env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
     assert done.returncode == 0, done.stderr
+
+
+def test_colours_of_a_grid_tell_the_factors_apart():
+    """Blue to yellow along the first factor, dark to light along the second."""
+    dark_blue, light_blue, brown, yellow = ev.factor_colors([[0, 0], [0, 1], [1, 0], [1, 1]])
+    assert all(c[2] > c[0] for c in (dark_blue, light_blue)) and all(c[0] > c[2] for c in (brown, yellow))
+    assert light_blue.sum() > dark_blue.sum() + 0.5 and yellow.sum() > brown.sum() + 0.5

@@ -852,3 +852,101 @@ def test_a_run_gets_its_pictures(runs, capsys):
     assert run_main(capsys, runs / "a", *FAST)[0] == 0
     for name in ("evaluation.png", "geometry.png"):
         assert (runs / "a" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_codes_of_many_images_stay_in_their_order():
+    """Of more than are drawn at once, and they of more than are encoded at once."""
+    data = types.SimpleNamespace(device="cpu", draw=lambda classes: classes[:, :, None, None].float())
+    model = types.SimpleNamespace(encode=lambda images: (images.flatten(1), -images.flatten(1)))
+    classes = torch.arange(2 * 2100).view(2100, 2)
+    mu, logvar = evaluation.encode_classes(model, data, classes)
+    assert torch.equal(mu, classes.float()) and torch.equal(logvar, -mu)
+
+
+def test_a_grid_over_many_classes_reaches_from_the_first_to_the_last():
+    drawn = []
+    data = types.SimpleNamespace(factor_names=("hue", "scale"), factor_sizes=(100, 4), device="cpu",
+                                 draw=lambda c: drawn.append(c) or torch.zeros(len(c), 1, 64, 64))
+    found = evaluation.geometry(Seer(), data, latents=[0, 1])
+    classes = torch.cat(drawn)
+    np.testing.assert_allclose(found["factors"], (classes.numpy() + 0.5) / [100, 4], rtol=1e-6)
+    hues = classes[:, 0].unique()
+    assert len(hues) == 32 and hues[[0, -1]].tolist() == [0, 99] and set(hues.diff().tolist()) == {3, 4}
+
+
+def test_the_blank_image_has_its_code_in_the_order_of_the_axes(circles):
+    seer = Seer(lambda xy: xy * torch.tensor([1.0, -1]).double())
+    found = evaluation.geometry(seer, circles("circles-xh:blank"))
+    middle = 31.5 / 64  # of an image without light, as Seer sees it
+    assert found["latents"].tolist() == [3, 1]
+    np.testing.assert_allclose(found["blank"], [middle, -middle], atol=1e-3)
+
+
+def test_each_estimate_is_of_the_images_and_the_seed_that_were_asked_for(runs, no_pictures, monkeypatch):
+    model, data, _ = evaluation.open_run(runs / "a", "cpu")
+    drawn, draw = [], data.draw
+    monkeypatch.setattr(type(data), "draw", property(lambda _: lambda classes: drawn.append(classes) or draw(classes)))
+    found = {seed: evaluation.evaluate(runs / "a", "cpu", votes=20, samples=200, seed=seed) for seed in (0, 1)}
+    assert sum(map(len, drawn)) == 2 * (200 + 200 + 4 * 5)  # MIG, variances, a grid; all latents have collapsed
+    classes = drawn[3]  # the first of the second evaluation
+    mu, logvar = evaluation.encode(model, draw(classes))
+    by_seed = [evaluation.mig_sampled(mu, logvar, classes, seed=seed) for seed in (0, 1)]
+    assert found[1]["mig_sampled"] == pytest.approx(by_seed[1], abs=1e-6) != pytest.approx(by_seed[0], abs=1e-5)
+
+
+def test_the_seed_of_the_command_line_is_that_of_the_estimates(runs, no_pictures, capsys):
+    assert run_main(capsys, runs / "a", *FAST, "--seed", "7")[0] == 0
+    assert evaluation.read_metrics(runs / "a")["estimator"] == evaluation.estimator(votes=20, samples=200, seed=7)
+
+
+def test_a_run_that_was_moved_is_told_by_its_new_name(runs, no_pictures, tmp_path):
+    evaluation.evaluate(runs / "c", "cpu", votes=20, samples=200)
+    moved = shutil.copytree(runs / "c", tmp_path / "moved")
+    assert evaluation.evaluate(moved, "cpu", votes=20, samples=200, reuse=True)["run"] == str(moved)
+    assert len(no_pictures) == 1  # it was indeed not evaluated again
+
+
+def test_ctrl_c_keeps_the_table_of_what_was_done(runs, no_pictures, capsys, monkeypatch):
+    def evaluate(run, *arguments, evaluate=evaluation.evaluate):
+        if run.name == "b":
+            raise KeyboardInterrupt
+        return evaluate(run, *arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    code, out, err = run_main(capsys, runs / "a", runs / "b", runs / "c", *FAST)
+    assert code == 130 and str(runs / "a") in out and str(runs / "c") not in out and "Traceback" not in err
+
+
+def test_what_only_logs_saves_and_speeds_up_is_no_other_configuration():
+    metrics = dict(step=7, config=vars(sbvae.resolve(sbvae.Config())))
+    for free in (dict(save_every=3), dict(log_every=3), dict(resume="r"), dict(kernel="torch"), dict(compile=True),
+                 dict(cuda_graph=True), dict(out="o"), dict(steps=9)):
+        changed = metrics | dict(config=metrics["config"] | free)
+        assert evaluation.configuration(changed) == evaluation.configuration(metrics), free
+
+
+def test_a_run_without_pictures_has_no_metrics(runs, monkeypatch):
+    (runs / "a" / "metrics.json").unlink(missing_ok=True)
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(evaluation, "draw_run", full)
+    with pytest.raises(OSError, match="disk full"):
+        evaluation.evaluate(runs / "a", "cpu", votes=5, samples=50)
+    assert not (runs / "a" / "metrics.json").exists()  # else --reproduce would take it for done
+
+
+def test_metrics_from_before_a_column_existed_are_not_taken(runs, no_pictures):
+    metrics, path = evaluation.evaluate(runs / "a", "cpu", votes=20, samples=200), runs / "a" / "metrics.json"
+    for name in evaluation.COLUMNS.values():
+        path.write_text(json.dumps({k: v for k, v in metrics.items() if k != name}))
+        assert evaluation.read_metrics(runs / "a") is None, name
+    path.write_text(json.dumps(metrics))
+    assert evaluation.read_metrics(runs / "a") == metrics
+
+
+def test_arguments_of_reproduce_and_list(monkeypatch, capsys):
+    code, _, err = run_main(capsys, "--reproduce", "fig4", "--every", "0")
+    assert code == 2 and "--every must be at least 1" in err
+    assert evaluation.parse(["--list", "--replicas", "2"]).replicas == 2

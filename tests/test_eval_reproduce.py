@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ import torch
 
 import eval
 import sbvae
+
+draw_run = eval.draw_run  # which `tiny` puts away
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(dataset="tiny.npz", latents=3, conv_layers=1, batch_size=2, save_every=20, log_every=10)
@@ -660,3 +663,153 @@ def test_torchrun_restarts_what_died(tiny):
     assert (tiny / "killed").exists() and f"runs/{folder('broadcast', 60)} steps 40 to 60" in done.stdout
     assert_same_weights(uninterrupted(tiny / "plain", "broadcast")[0], tiny / "runs" / folder("broadcast", 60))
     assert "| 1 | 60 |" in (tiny / "results" / "tiny.md").read_text()
+
+
+def test_a_folder_with_another_seed_is_refused(tiny, trained):
+    sbvae.train(sbvae.Config(**SMALL, steps=6, seed=1, out=f"runs/{folder('broadcast', 6)}", device="cpu"))
+    trained.clear()
+    with pytest.raises(sbvae.InputError, match="is a run with --seed 1, not 0; move it away"):
+        eval.reproduce("tiny", steps=6, **QUICK)
+    assert not trained
+
+
+def test_figures_show_the_latents_that_the_numbers_tell_of(tiny, no_figures, monkeypatch):
+    """Else the R² in a panel's title is of other latents than its axes."""
+    geometry, panels = [], []
+    eval.reproduce("tiny", steps=3, **QUICK)
+    monkeypatch.undo()  # of `no_figures`, to draw for real
+    monkeypatch.chdir(tiny)
+    monkeypatch.setattr(eval, "geometry_figure", lambda results, *_: geometry.append(results))
+    monkeypatch.setattr(eval, "samples_figure", lambda shown, path, scatter=None: panels.append((shown, scatter)))
+    results = {label: [json.loads((tiny / "runs" / folder(d, 3, s) / "metrics.json").read_text()) for s in range(2)]
+               for label, d in (("DeConv VAE", "deconv"), ("Spatial Broadcast VAE", "broadcast"))}
+    eval.draw_results(TINY | dict(figure="geometry"), results, "a.png", "cpu")
+    metrics = results["DeConv VAE"][0]
+    draw_run(metrics["run"], *eval.open_run(metrics["run"], "cpu")[:2], metrics)
+    shown = [m for figure in geometry for models in figure.values() for m in models]
+    assert len(shown) == 5 and all(len({m["r2"] for m in models}) == 2 for models in results.values())
+    for m in shown:
+        found = m["geometry"]
+        assert list(found["latents"]) == [latent["index"] for latent in m["latents"][:2]]
+        assert eval.affine_fit(found["factors"], found["codes"])[0] == pytest.approx(m["r2"], abs=1e-6)
+    panels.clear()
+    for kind in ("median", "two seeds", "MIG and median"):
+        eval.draw_results(TINY | dict(figure=kind, rows=2), results, "a.png", "cpu")
+    assert [scatter for _, scatter in panels] == [None, None, results]
+    assert {len(panel["traversals"]) for shown, _ in panels for panel in shown.values()} == {2}  # the rows asked for
+
+
+def test_the_command_of_a_result_makes_it_again(tiny, no_figures):
+    asked = dict(replicas=1, steps=2, every=1, only=["Spatial Broadcast", "DeConv VAE"], seed=5, votes=3, samples=100)
+    eval.reproduce("tiny", device="cpu", **asked)
+    text = (tiny / "results" / "tiny.md").read_text()
+    command = shlex.split(re.search("```sh\n(.*)\n```", text)[1])
+    assert command[:2] == ["python", "eval.py"]
+    assert vars(eval.parse(command[2:])) | asked | dict(reproduce="tiny") == vars(eval.parse(command[2:]))
+    assert "seed 5, loss seed 1000000005" in text and cells(text, "DeConv VAE", "here")["n"] == "1"
+    told = json.loads((tiny / "runs" / folder("deconv", 2) / "metrics.json").read_text())
+    assert told["estimator"] == eval.estimator(votes=3, samples=100, seed=5)
+
+
+def test_hours_curves_and_machines_are_those_of_the_training(tiny, no_figures):
+    models = {"DeConv VAE": MODELS["DeConv VAE"]}
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models=models)  # the fixture puts it back
+    eval.reproduce("tiny", steps=3, **QUICK)
+    jobs, how = eval.list_jobs("tiny", steps=3), eval.estimator(3, 100, 0)
+    for job, slower in zip(jobs, (1, 2), strict=True):  # 2 images a step: 4,000 + 3,200 s make 2 hours, and 4
+        lines = [dict(step=1000, elbo=9.5, nll=7.0, kl=2.5, latents_used=2.0, images_per_s=0.5 / slower),
+                 dict(step=3000, elbo=8.5, nll=7.5, kl=1.0, latents_used=1.5, images_per_s=1.25 / slower)]
+        (job.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert eval.collect(jobs[0], how)["log"] == [
+        dict(run=str(jobs[0].run), step=1000, elbo=9.5, latents_used=2.0),
+        dict(run=str(jobs[0].run), step=3000, elbo=8.5, latents_used=1.5)]
+    told = json.loads((jobs[1].run / "config.json").read_text())
+    elsewhere = dict(hardware="Abacus", torch="9.9", python="4.0", commit="c0ffee")
+    (jobs[1].run / "config.json").write_text(json.dumps(told | elsewhere))
+    eval.write_results("tiny", jobs, how, "command")
+    text = (tiny / "results" / "tiny.md").read_text()
+    assert cells(text, "DeConv VAE", "here")["hours a run"] == "3.0 ± 1.4"
+    machines = [line for line in text.splitlines() if line.startswith("Trained on ")]
+    assert len(machines) == 2 and machines[0].startswith("Trained on Abacus, device cpu, ")
+    assert machines[0].endswith("; torch 9.9, Python 4.0, commit c0ffee.")
+    assert machines[1].endswith(f"; torch {torch.__version__}, Python {told['python']}, commit {told['commit']}.")
+
+
+def test_the_papers_numbers_stand_in_their_columns():
+    titles = ("ELBO", "NLL", "KL", "latents used", "MIG", "FactorVAE")
+    steps, seen = dict(sprites="1,500,000", objects="2,500,000"), set()  # Table 4
+    for name, experiment in eval.EXPERIMENTS.items():
+        jobs = eval.list_jobs(name, 1, steps=9)
+        ours = dict.fromkeys([*eval.COLUMNS.values(), "hours"], 1.0)
+        text = eval.comparison(experiment["models"], jobs, [ours] * len(jobs))
+        for label, (config, row) in experiment["models"].items():
+            if row:
+                start, = re.findall(rf"^\| {re.escape(label)} \| (paper, {re.escape(row)}[^|]*) \|", text, re.M)
+                told = cells(text, label, start)
+                expected = dict(zip(titles, re.split("  +", eval.PAPER[row]), strict=True))
+                stated = not row.startswith(("Table 9", "Fig. 5"))
+                expected |= dict(n="25" if stated else "not stated", steps=steps[config.get("dataset", "sprites")])
+                expected |= {k: "" for k, v in expected.items() if v == "-"}
+                assert {k: v for k, v in told.items() if v} == {"model": label, "": start} | {
+                    k: v for k, v in expected.items() if v}
+                seen.add(row)
+            assert cells(text, label, "here")["steps"] == "9"
+    assert seen == set(eval.PAPER)
+
+
+def test_the_share_of_the_papers_steps_is_that_of_the_model_furthest_from_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    eval.write_results("fig10", eval.list_jobs("fig10", 1, 500_000), eval.estimator(9, 99, 0), "command")
+    assert "**Fewer steps than the paper's**, 20% of them" in (tmp_path / "results" / "fig10.md").read_text()
+
+
+def test_links_of_a_result_lead_to_files(tiny):
+    eval.reproduce("tiny", steps=20, replicas=1, **QUICK)
+    links = re.findall(r"\]\((.*?)\)", (tiny / "results" / "tiny.md").read_text())
+    assert len(links) == 4 and all((tiny / "results" / link).is_file() for link in links), links
+
+
+def test_list_times_each_kind_of_model_by_itself(tiny, monkeypatch, capsys):
+    kinds = [dict(), dict(decoder="deconv"), dict(model="factorvae"), dict(conv_layers=2), dict(mlp_layers=1),
+             dict(upscales=1), dict(dataset="chairs"), dict(beta=2.0)]  # the last is as fast as the first
+    monkeypatch.setattr(eval, "EXPERIMENTS", {"tiny": TINY | dict(models={str(k): (k, None) for k in kinds})})
+    timed = []
+    monkeypatch.setattr(eval, "step_seconds", lambda config: timed.append(config) or 3600 * 10 ** (len(timed) - 1))
+    eval.list_experiments(replicas=1, steps=1)
+    assert len(timed) == 7 and "8 are left to do, 1,111,112 hours" in capsys.readouterr().out
+
+
+def test_only_curves_of_runs_that_did_not_diverge_are_drawn(tiny, no_figures, monkeypatch):
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models={"": (SMALL, None)})
+    eval.reproduce("tiny", steps=20, every=10, **QUICK)
+    jobs, how, curves = eval.list_jobs("tiny", steps=20), eval.estimator(3, 100, 0), []
+    (jobs[1].run / "diverged.json").write_text(json.dumps(dict(diverged="diverged: kl is nan at step 15", step=10)))
+    monkeypatch.setattr(eval, "trend_figure", lambda *given: curves.extend(given[:2]))
+    eval.write_results("tiny", jobs, how, "command")
+    assert [[(line["run"], line["step"]) for line in lines[""]] for lines in curves] == [
+        [(str(jobs[0].run), 10), (str(jobs[0].run), 20)]] * 2
+
+
+def test_what_a_run_that_diverges_tells(tiny, no_figures, monkeypatch):
+    """The step of its last good checkpoint; and its log keeps all stages."""
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models={"": (SMALL, None)})
+    train = sbvae.train
+
+    def fails_late(config):
+        if config.steps == 6:
+            raise FloatingPointError("diverged: kl is nan at step 5")
+        return train(config)
+
+    monkeypatch.setattr(sbvae, "train", fails_late)
+    eval.reproduce("tiny", replicas=1, steps=6, every=2, **QUICK)
+    run = tiny / "runs" / folder("broadcast", 6)
+    assert json.loads((run / "diverged.json").read_text()) == dict(diverged="diverged: kl is nan at step 5", step=4)
+    assert re.findall(r"^step +(\d+) ", (run / "train.log").read_text(), re.M) == ["2", "4"]
+
+
+def test_a_step_is_timed_with_a_whole_batch(monkeypatch):
+    sizes, step = [], sbvae.training_step
+    monkeypatch.setattr(sbvae, "training_step", lambda config, data, generator, *parts: sizes.append(
+        len(data.sample(config.batch_size, generator))) or step(config, data, generator, *parts))
+    eval.step_seconds(sbvae.Config(decoder="deconv", batch_size=3, device="cpu"))
+    assert sizes == [3] * 5
