@@ -1399,7 +1399,7 @@ def collect(job, how) -> dict:
     if diverged:
         found |= {k: diverged.get(k) for k in ("diverged", "step")}
     elif (metrics := read_metrics(job.run)) and (metrics["step"], metrics["estimator"]) == (job.steps, how):
-        found |= metrics
+        found |= metrics | {"run": found["run"]}  # it may have been moved
     history, log, seconds, before = [], [], 0.0, 0
     try:
         for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():

@@ -946,7 +946,13 @@ def test_metrics_from_before_a_column_existed_are_not_taken(runs, no_pictures):
     assert evaluation.read_metrics(runs / "a") == metrics
 
 
-def test_arguments_of_reproduce_and_list(monkeypatch, capsys):
-    code, _, err = run_main(capsys, "--reproduce", "fig4", "--every", "0")
-    assert code == 2 and "--every must be at least 1" in err
-    assert evaluation.parse(["--list", "--replicas", "2"]).replicas == 2
+@pytest.mark.parametrize("name", ["replicas", "steps", "every"])
+def test_numbers_of_reproduce_are_at_least_one(name):  # parsed alone, lest it should train
+    with pytest.raises(sbvae.InputError, match=f"--{name} must be at least 1, not 0"):
+        evaluation.parse(["--reproduce", "fig4", f"--{name}", "0"])
+    assert evaluation.parse(["--reproduce", "fig4", f"--{name}", "1"])
+
+
+def test_list_takes_replicas_and_steps():
+    args = evaluation.parse(["--list", "--replicas", "2", "--steps", "3"])
+    assert (args.list, args.replicas, args.steps) == (True, 2, 3)

@@ -813,3 +813,17 @@ def test_a_step_is_timed_with_a_whole_batch(monkeypatch):
         len(data.sample(config.batch_size, generator))) or step(config, data, generator, *parts))
     eval.step_seconds(sbvae.Config(decoder="deconv", batch_size=3, device="cpu"))
     assert sizes == [3] * 5
+
+
+@pytest.mark.parametrize("figure", ["MIG", "geometry"])
+def test_runs_that_were_evaluated_under_another_name_are_told_by_their_own(tiny, figure):
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models={"": (SMALL, None)}, figure=figure)  # the fixture puts it back
+    names = [folder("broadcast", 3, seed) for seed in (0, 1)]
+    (tiny / "runs").mkdir()
+    for seed, name in enumerate(names):  # as on two machines
+        sbvae.train(sbvae.Config(**SMALL, steps=3, seed=seed, out="mine", device="cpu"))
+        eval.evaluate("mine", "cpu", votes=3, samples=100)
+        (tiny / "mine").rename(tiny / "runs" / name)
+    eval.reproduce("tiny", steps=3, **QUICK)
+    assert sorted(path.stem for path in (tiny / "results" / "raw").iterdir()) == sorted(names)
+    assert "mine" not in (tiny / "results" / "tiny.md").read_text()
