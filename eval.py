@@ -1411,7 +1411,7 @@ def collect(job, how) -> dict:
         seconds, log = None, []
         print(f"note: {job.run}: neither hours nor curves can be told ({type(e).__name__}: {e})", flush=True)
     try:
-        history = read_lines(job.run / "history.jsonl")
+        history = [line | {"run": found["run"]} for line in read_lines(job.run / "history.jsonl")]
     except sbvae.InputError as e:
         print(f"note: {e}", flush=True)
     return found | dict(trained={k: v for k, v in told.items() if k != "config"}, history=history, log=log,

@@ -751,6 +751,7 @@ def test_the_same_holes_and_blanks_on_every_machine():
 
 
 def test_half_a_million_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     asked = []
 
     def obtain(name, num, *_):

@@ -20,8 +20,6 @@ import torch
 import eval
 import sbvae
 
-draw_run = eval.draw_run  # which `tiny` puts away
-
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(dataset="tiny.npz", latents=3, conv_layers=1, batch_size=2, save_every=20, log_every=10)
 MODELS = {"DeConv VAE": (dict(SMALL, decoder="deconv"), "Table 6, 5 layers"), "Spatial Broadcast VAE": (SMALL, None)}
@@ -677,7 +675,7 @@ def test_figures_show_the_latents_that_the_numbers_tell_of(tiny, no_figures, mon
     """Else the R² in a panel's title is of other latents than its axes."""
     geometry, panels = [], []
     eval.reproduce("tiny", steps=3, **QUICK)
-    monkeypatch.undo()  # of `no_figures`, to draw for real
+    monkeypatch.undo()  # of `no_figures` and `tiny`, to draw for real
     monkeypatch.chdir(tiny)
     monkeypatch.setattr(eval, "geometry_figure", lambda results, *_: geometry.append(results))
     monkeypatch.setattr(eval, "samples_figure", lambda shown, path, scatter=None: panels.append((shown, scatter)))
@@ -685,7 +683,7 @@ def test_figures_show_the_latents_that_the_numbers_tell_of(tiny, no_figures, mon
                for label, d in (("DeConv VAE", "deconv"), ("Spatial Broadcast VAE", "broadcast"))}
     eval.draw_results(TINY | dict(figure="geometry"), results, "a.png", "cpu")
     metrics = results["DeConv VAE"][0]
-    draw_run(metrics["run"], *eval.open_run(metrics["run"], "cpu")[:2], metrics)
+    eval.draw_run(metrics["run"], *eval.open_run(metrics["run"], "cpu")[:2], metrics)
     shown = [m for figure in geometry for models in figure.values() for m in models]
     assert len(shown) == 5 and all(len({m["r2"] for m in models}) == 2 for models in results.values())
     for m in shown:
@@ -821,9 +819,19 @@ def test_runs_that_were_evaluated_under_another_name_are_told_by_their_own(tiny,
     names = [folder("broadcast", 3, seed) for seed in (0, 1)]
     (tiny / "runs").mkdir()
     for seed, name in enumerate(names):  # as on two machines
-        sbvae.train(sbvae.Config(**SMALL, steps=3, seed=seed, out="mine", device="cpu"))
-        eval.evaluate("mine", "cpu", votes=3, samples=100)
-        (tiny / "mine").rename(tiny / "runs" / name)
+        sbvae.train(sbvae.Config(**SMALL, steps=3, seed=seed, out="here-before", device="cpu"))
+        eval.evaluate("here-before", "cpu", votes=3, samples=100)
+        (tiny / "here-before").rename(tiny / "runs" / name)
     eval.reproduce("tiny", steps=3, **QUICK)
     assert sorted(path.stem for path in (tiny / "results" / "raw").iterdir()) == sorted(names)
-    assert "mine" not in (tiny / "results" / "tiny.md").read_text()
+    assert "here-before" not in (tiny / "results" / "tiny.md").read_text()
+
+
+def test_a_run_that_is_renamed_and_trained_longer_stays_one_curve(tiny, no_figures):
+    eval.EXPERIMENTS["tiny"] = TINY | dict(models={"": (SMALL, None)})
+    eval.reproduce("tiny", replicas=1, steps=2, every=2, **QUICK)
+    (tiny / "runs" / folder("broadcast", 2)).rename(tiny / "runs" / folder("broadcast", 4))
+    eval.reproduce("tiny", replicas=1, steps=4, every=2, **QUICK)
+    job, = eval.list_jobs("tiny", 1, 4)
+    history = eval.collect(job, eval.estimator(3, 100, 0))["history"]
+    assert [(line["run"], line["step"]) for line in history] == [(str(job.run), 2), (str(job.run), 4)]

@@ -103,8 +103,8 @@ def test_metrics_are_means_over_the_interval(tmp_path):
 
 
 def test_kill_9_at_any_moment_then_resume_is_exact(tmp_path):
-    """FactorVAE (the VAE is in test_trust), killed again and again, at first between a checkpoint and the next log
-    line, then at random moments, and carried on each time: weights, both optimizers, generator and metrics equal
+    """FactorVAE (the VAE is in test_trust), killed again and again, at first mostly between a checkpoint and the next
+    log line, then at random moments, and carried on each time: weights, both optimizers, generator and metrics equal
     those of the run that was left alone, bit for bit."""
     arguments = [*QUICK, "--model", "factorvae", "--steps", 30, "--save-every", 2, "--log-every", 5]
     whole = run(*arguments, "--out", "whole", "--save-every", 100, cwd=tmp_path)
@@ -359,7 +359,9 @@ def test_training_is_the_papers(changes, tmp_path, monkeypatch):
         expected.append({k: v.item() for k, v in line.items()})
     sbvae.train(config)
     for ours, theirs in zip(history(tmp_path / "r"), expected, strict=True):
-        assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=5e-3)
+        one = {"latents_used": 0.126, "tc": 1e-3}  # a count: one latent of one of 8 images; a difference near zero
+        for k, value in theirs.items():
+            assert ours[k] == pytest.approx(value, rel=5e-3, abs=one.get(k, 0)), k
     assert 0 < expected[0]["latents_used"] < 10
     saved = torch.load(tmp_path / "r/checkpoint.pt", weights_only=True)
     ends = [(saved["model"], w, start)] + factor * [(saved.get("discriminator"), judge.state_dict(), d_start)]
