@@ -367,7 +367,7 @@ def evaluate(run, device=None, votes=800, samples=10_000, seed=0, reuse=False) -
     how = estimator(votes, samples, seed)
     found = read_metrics(run) if reuse else None
     if found and found["estimator"] == how and found["step"] == sbvae.read_checkpoint(run)[1]["step"]:
-        return found | {"run": str(run)}  # it may have been moved
+        return found
     model, data, step = open_run(run, device)
     with alone(run):
         return evaluate_model(run, model, data, step, how, start)
@@ -435,7 +435,7 @@ def read_metrics(run) -> dict | None:
              and all(name in metrics and (metrics[name] is None or number(metrics[name])) for name in COLUMNS.values())
              and all(isinstance(m, dict) and type(m.get("index")) is int and number(m.get("variance"))
                      and isinstance(m.get("factor", 0), (str, type(None))) for m in metrics["latents"]))
-    return metrics if sound else None
+    return metrics | {"run": str(run)} if sound else None  # it may have been moved
 
 
 def read_json(path) -> dict | None:
@@ -1399,7 +1399,7 @@ def collect(job, how) -> dict:
     if diverged:
         found |= {k: diverged.get(k) for k in ("diverged", "step")}
     elif (metrics := read_metrics(job.run)) and (metrics["step"], metrics["estimator"]) == (job.steps, how):
-        found |= metrics | {"run": found["run"]}  # it may have been moved
+        found |= metrics
     history, log, seconds, before = [], [], 0.0, 0
     try:
         for line in read_lines(job.run / "metrics.jsonl") if found["config"] else ():
