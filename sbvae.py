@@ -567,8 +567,8 @@ class VAE(nn.Module):
 
 
 def init_weights(module: nn.Module, generator=None):
-    """Truncated normal weights and zero biases (A). The paper gives no scale; its authors' library of the
-    time had sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
+    """Truncated normal weights and zero biases (A). The paper gives no scale; Sonnet 1, its authors' library of the
+    time, had sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
     convolutions (ours 2)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -816,6 +816,13 @@ def open_log(run: Path, checkpoint: dict | None):
     return log, json.loads(lines[-1]) if lines else {}
 
 
+def not_black(images: torch.Tensor) -> torch.Tensor:
+    """(N,) bool: the images (N, C, H, W) that show something; all of them where none does. What a latent tells is
+    judged on these: on Figure 20's blank images x and hue have nothing to tell, and would seem unused (ours 24)."""
+    lit = images.flatten(1).any(1)
+    return lit | ~lit.any()
+
+
 def save_pictures(run: Path, model: VAE, images: torch.Tensor):
     """From images (N, C, H, W): reconstructions.png, data above, and traversals.png, as in Figures 2 and 5 to 10: each
     latent from -2 to 2 around the mean nearest to the prior's (ours 24), rows sorted by mean variance. Images over 128
@@ -835,9 +842,10 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
     with torch.no_grad():
         encoded = [model.encode(part) for part in images.split(batch)]
         mu, logvar = (torch.cat(parts) for parts in zip(*encoded))
-        variance = logvar.exp().mean(0)
+        lit = not_black(images)
+        variance = logvar[lit].exp().mean(0)
         order = variance.argsort()[:20].tolist()  # the most informative latent first
-        z = mu[mu.square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
+        z = mu[lit][mu[lit].square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
         for row, k in enumerate(order):
             z[row, :, k] = torch.linspace(-2, 2, 11)
         sweeps = torch.stack([decode(row) for row in z])
@@ -1078,6 +1086,10 @@ def train(config: Config) -> dict:
           + ("drawn without end" if data.size is None else f"{data.size:,} images"))
     print(f"model    {config.model}, {config.decoder} decoder, {config.latents} latents, {config.likelihood}, beta "
           f"{config.beta:g}" + f", gamma {config.gamma:g}" * factor)
+    print(f"layers   decoder of {config.conv_layers} {'de' * (config.decoder != 'broadcast')}convolutions"
+          + f", {config.upscales} of them upscaling" * bool(config.upscales)
+          + f", after an MLP of {config.mlp_layers}" * bool(config.mlp_layers)
+          + ", coordinates shuffled" * config.shuffle_coords)
     print("weights ", ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in modules.items() if m))
     print(f"device   {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {precision} ({why})")
     print(f"kernel   {choose_kernel(config, device)}" + "; the parts of a step compiled" * config.compile)

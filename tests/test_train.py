@@ -254,6 +254,20 @@ def test_traversals_go_around_the_mean_nearest_to_the_prior(tmp_path, monkeypatc
         assert torch.equal(z[:, rest], mu[1, rest].expand(11, -1))
 
 
+def test_blank_images_have_no_say_in_the_traversals(tmp_path, monkeypatch):
+    """Figure 20: a blank image has the prior for its x, which is no less informative. Where all are blank all count."""
+    model, seen = sbvae.build_model(Config(latents=2, conv_layers=1, image_shape=[1, 8, 12])), []
+    mu, variance = torch.tensor([[1.0, 1], [0, 0], [2, 2]]), torch.tensor([[0.01, 0.3], [1, 0.1], [0.03, 0.3]])
+    decode = model.decode
+    monkeypatch.setattr(model, "encode", lambda images: (mu, variance.log()))
+    monkeypatch.setattr(model, "decode", lambda z: seen.append(z) or decode(z))
+    for images, order, center in ((torch.tensor([0.2, 0, 0.2]), [0, 1], mu[0]), (torch.zeros(3), [1, 0], mu[1])):
+        seen.clear()
+        sbvae.save_pictures(tmp_path, model, images[:, None, None, None] * torch.ones(3, 1, 8, 12))
+        for k, z in zip(order, seen[:2], strict=True):
+            assert torch.equal(z[:, k], torch.linspace(-2, 2, 11)) and (z[:, 1 - k] == center[1 - k]).all()
+
+
 def test_pictures_of_large_images_stay_small(tmp_path, monkeypatch):
     """No batch is larger than training's, and 300 pixels are shown as 100, each the mean of nine."""
     from matplotlib.image import imread
@@ -270,6 +284,16 @@ def test_pictures_of_large_images_stay_small(tmp_path, monkeypatch):
         assert 2 * columns * 102 <= width < 2 * columns * 102 + 400  # a label on the left
     data = imread(tmp_path / "reconstructions.png")[40:100, -1000:-900, 0]
     assert (abs(data - 1 / 3) < 0.01).mean() > 0.9
+
+
+@pytest.mark.parametrize("more, told", [
+    (dict(dataset="objects"), "6 convolutions"), (dict(decoder="deconv"), "5 deconvolutions, after an MLP of 1"),
+    (dict(upscales=2, mlp_layers=3, shuffle_coords=True),
+     "3 convolutions, 2 of them upscaling, after an MLP of 3, coordinates shuffled")])
+def test_what_the_paper_chooses_is_printed(more, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sbvae, "save_pictures", lambda *_: None)
+    sbvae.train(Config(device="cpu", steps=1, batch_size=2, out=str(tmp_path / "r"), **more))
+    assert f"layers   decoder of {told}" in capsys.readouterr().out.splitlines()
 
 
 def test_a_run_goes_on_where_memory_does_not_suffice_for_pictures(tmp_path, monkeypatch, capsys):
