@@ -20,6 +20,7 @@ Results go to results/kernel_<device>.csv and .md.
 import argparse
 import csv
 import functools
+import gc
 import io
 import math
 import os
@@ -128,6 +129,7 @@ def timed(function, device, seconds, graph=False):
     peak = (torch.cuda.max_memory_allocated() - start) / 2**20
     if graph:
         captured = torch.cuda.CUDAGraph()
+        gc.collect()  # autograd nodes of the calls before, which would draw their stream into the capture
         with torch.cuda.graph(captured):
             function()
         function = captured.replay
@@ -179,7 +181,8 @@ def passes(run, tensors, graph):
 
 
 def bench_layer(args, rows, save):
-    """Fill `rows`, saved shape by shape; return the number of implementations that were wrong."""
+    """Fill `rows`, saved shape by shape; return the number of implementations that were wrong or
+    failed, which costs their own rows only."""
     failures = 0
     for name in args.shapes:
         shape = SHAPES[name]
@@ -188,28 +191,35 @@ def bench_layer(args, rows, save):
             for layout in args.layouts:
                 tensors, base, copy = inputs(shape, dtype, args.device), {}, None
                 for label, (backend, compiled) in implementations(args).items():
+                    what = f"{name} {dtype_name} {layout} {label}"
                     torch.compiler.reset()
                     run = layer(backend, compiled, shape[-1], layout)
-                    reason = wrong(run, shape, dtype, args.device, layout)
-                    if reason:
+                    try:
+                        reason = wrong(run, shape, dtype, args.device, layout)
+                        if reason:
+                            failures += 1
+                            print(f"WRONG {what}: {reason}", flush=True)
+                            continue
+                        torch.compiler.reset()
+                        with torch.no_grad():
+                            size = run(*tensors).numel()
+                        if copy is None:
+                            copy = copy_bandwidth(size, dtype, args.device, args.seconds)
+                        for key, function in passes(run, tensors, args.graph).items():
+                            times = timed(function, args.device, args.seconds, args.graph)
+                            if label == "reference":
+                                base[key] = times[0]
+                            ms, peak = times[0], times[3]
+                            necessary = size * dtype.itemsize * (2 if key == "both" else 1)
+                            rate = necessary / ms / 1e6
+                            rows.append(
+                                (name, dtype_name, layout, key, label, *times[:3], rate)
+                                + (rate / copy, peak, base.get(key, math.nan) / ms)
+                            )
+                            print(markdown_row(rows[-1]), flush=True)
+                    except Exception as e:  # of a compiler, say: the others are measured all the same
                         failures += 1
-                        print(f"WRONG {name} {dtype_name} {layout} {label}: {reason}", flush=True)
-                        continue
-                    torch.compiler.reset()
-                    with torch.no_grad():
-                        size = run(*tensors).numel()
-                    if copy is None:
-                        copy = copy_bandwidth(size, dtype, args.device, args.seconds)
-                    for key, function in passes(run, tensors, args.graph).items():
-                        ms, low, high, peak = timed(function, args.device, args.seconds, args.graph)
-                        base.setdefault(key, ms)  # the reference comes first
-                        necessary = size * dtype.itemsize * (2 if key == "both" else 1)
-                        rate = necessary / ms / 1e6
-                        rows.append(
-                            (name, dtype_name, layout, key, label, ms, low, high, rate, rate / copy)
-                            + (peak, base[key] / ms)
-                        )
-                        print(markdown_row(rows[-1]), flush=True)
+                        print(f"FAILED {what}: {type(e).__name__}: {e}", flush=True)
                 save()  # compiling takes long: who stops it keeps what there is
     return failures
 
@@ -234,8 +244,11 @@ def decoder_line(args):
             out = rest[1](F.pad(h, (1, 2, 1, 2)))
             torch.autograd.grad(out, wanted, torch.ones_like(out))
 
-        times[label] = timed(step, args.device, args.seconds)[0]
-    slowest = times["reference"]
+        try:
+            times[label] = timed(step, args.device, args.seconds)[0]
+        except Exception as e:  # as above
+            print(f"FAILED decoder {label}: {type(e).__name__}: {e}", flush=True)
+    slowest = times.get("reference", math.nan)
     parts = [f"{label} {ms:.3g} ms ({slowest / ms:.2f} x)" for label, ms in times.items()]
     precision = f"{args.dtypes[0]}, {layout}"
     return f"Decoder of Table 1, B = 16, {precision}, forward + backward: " + ", ".join(parts)

@@ -578,6 +578,7 @@ if triton is not None:
         first = chunk * images
         last = tl.minimum(first + images, batch)
         for begin in range(start, end, PIXELS):
+            tl.debug_barrier()  # what one warp has stored of a long edge, the others read in its next piece
             j = begin + tl.arange(0, PIXELS)
             at = ((y0 + j // cols) * WO + x0 + j % cols)[:, None] * C + c[None, :]
             inside = (j < end)[:, None] & (c < C)[None, :]

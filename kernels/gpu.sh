@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER [PART ...]], from anywhere.
 #   tests    the tests that need a GPU, but for those of kernels/
-#   kernels  those, hundreds of shapes, each of which is compiled
+#   kernels  those: first published models', CUDA graphs and compilers, then hundreds of shapes, each of which is compiled
 #   layer    the first layer's benchmark: correct first, then every shape, launched and as CUDA graphs
 #   step     whole training steps, rung by rung, and several models at once
 #   short    20,000 steps on sprites: precision over 3 seeds, both decoders, FactorVAE; memory and use of the GPU
@@ -11,7 +11,9 @@
 #   compiled the first layer's benchmark beside torch.compile, which takes its time to compile
 #   others   all other tests
 # Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
-# runs and measures the rest anew. The exit code is 1 when something failed; FOLDER/failed.txt says what.
+# runs and measures the rest anew. LIMIT=300 in the environment ends each command, of which a part has up to twenty, after
+# so many seconds. Tests run side by side where pytest-xdist is there. The exit code is 1 when something failed;
+# FOLDER/failed.txt says what.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
@@ -23,12 +25,16 @@ python=python3
 python=${PYTHON:-$python}
 mkdir -p "$out"
 rm -f "$out/failed.txt"
+limit=()
+[ -z "${LIMIT:-}" ] || limit=(timeout -k 10 "$LIMIT")
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
 nvidia-smi >"$out/device.txt" 2>&1
 
 logged() { # NAME COMMAND ...: shown and kept
     local log="$out/$1.txt"
     shift
-    "$@" 2>&1 | tee "$log" || echo "$*" >>"$out/failed.txt"
+    "${limit[@]}" "$@" 2>&1 | tee "$log" || echo "$*" >>"$out/failed.txt"
 }
 
 train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done already
@@ -36,22 +42,28 @@ train() { # NAME FLAG ...: one run in runs/NAME, new, carried on, or done alread
     shift
     how+=("$@")
     [ -e "runs/$name/checkpoint.pt" ] && how=(--resume "runs/$name")
-    "$python" sbvae.py "${how[@]}" >>"$out/train_$name.txt" 2>&1 || echo "sbvae.py ${how[*]}" >>"$out/failed.txt"
+    "${limit[@]}" "$python" sbvae.py "${how[@]}" >>"$out/train_$name.txt" 2>&1 || echo "sbvae.py ${how[*]}" >>"$out/failed.txt"
     echo "$name: $(grep '^step ' "$out/train_$name.txt" | tail -n 1)"
     cp "runs/$name/metrics.jsonl" "$out/$name.jsonl"
 }
 
 lane="gpu or captured or cuda or graph" # in the names of tests
-kernel_tests=(tests/test_kernels_triton.py tests/test_kernels.py)
+kernel_tests=tests/test_kernels_triton.py
 
 tests() {
     mapfile -t files < <(grep -l 'not torch.cuda.is_available' tests/test_*.py)
-    logged tests_gpu "$python" -m pytest -v --continue-on-collection-errors -k "$lane" "${files[@]}"
+    files+=(tests/test_kernels.py) # two of the same names, which `others` leaves out
+    logged tests_gpu "$python" -m pytest -v "${workers[@]}" --continue-on-collection-errors -k "$lane" "${files[@]}"
 }
 
-kernels() { logged tests_kernels "$python" -m pytest -v "${kernel_tests[@]}"; }
+kernels() {
+    logged tests_kernels "$python" -m pytest -v "${workers[@]}" $kernel_tests -k "not random_shapes"
+    logged tests_shapes "$python" -m pytest -v "${workers[@]}" $kernel_tests -k random_shapes
+}
 
-others() { logged tests_others "$python" -m pytest -q --continue-on-collection-errors "${kernel_tests[@]/#/--ignore=}" -k "not ($lane)"; }
+others() {
+    logged tests_others "$python" -m pytest -q "${workers[@]}" --continue-on-collection-errors --ignore=$kernel_tests -k "not ($lane)"
+}
 
 layer() {
     logged bench_graph "$python" -m kernels.bench --device cuda --graph --no-compile --out "$out"

@@ -289,7 +289,11 @@ def main(args, header, save):
             ms = 1e3 / rate
             say(f"| `{flags}`, by its own log | {ms:.4g} | | | {rate:.4g} | "
                 f"{rate * config.batch_size:.4g} | {rows[0][1] * rate / 1e3:.3g} |")
-        parts, by_macs, by_bytes, flops, bandwidth = split(sbvae, config, args.device, precision, args.seconds)
+        try:
+            parts, by_macs, by_bytes, flops, bandwidth = split(sbvae, config, args.device, precision, args.seconds)
+        except RuntimeError as e:
+            print(f"layer by layer: not run ({' '.join(str(e).split())[:200]})", flush=True)
+            continue
         say("", f"Floor in {precision}: {by_macs:.3g} ms of multiply-adds at {2 * flops / 1e9:.3g} TFLOP/s (a matrix "
             f"product here), {by_bytes:.3g} ms of activations at {bandwidth / 1e6:.4g} GB/s (a copy here). The last "
             f"row's step takes {ms:.3g} ms: {max(by_macs, by_bytes) / ms:.0%} of it is the floor.", "",

@@ -591,6 +591,7 @@ def test_sampling_and_drawing_never_wait_for_the_device(folder):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_same_bytes_on_a_gpu(folder):
+    pytest.importorskip("pygame")
     arrays = gen_circles.read(make(folder, "xyh-small"))
     values = torch.from_numpy(arrays["factors"])
     on_cpu = gen_circles.Circles(arrays).draw_values(values)

@@ -5,6 +5,7 @@ in test_kernels_triton.py, which takes its cases and its comparator from here.
 """
 
 import copy
+import csv
 import itertools
 import os
 import random
@@ -542,6 +543,32 @@ def test_bench_refuses_to_time_a_wrong_layer(dtype):
         lambda z, coords, weight, bias: right(z.detach() * 2 - z, coords, weight, bias),
     ):
         assert "error" in bench.wrong(broken, *case)
+
+
+@pytest.mark.parametrize("broken", ["reference", "torch"])
+def test_a_layer_that_fails_costs_the_bench_its_own_rows_only(broken, tmp_path, monkeypatch, capsys):
+    layer = bench.layer
+
+    def breaks(backend, *others):
+        def fails(*_):
+            raise RuntimeError("no such instruction")
+        return fails if backend == broken else layer(backend, *others)
+
+    monkeypatch.setattr(bench, "layer", breaks)
+    monkeypatch.setattr(bench, "wrong", lambda *_: None)  # which runs the reference, too
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as bench sets them, for this test only
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setitem(bench.SHAPES, "paper-16", (2, 3, 2, 64, 8, 9, 4, "same"))
+    assert bench.main(["--device", "cpu", "--shapes", "8x8", "paper-16", "--dtypes", "float32", "--no-compile",
+                       "--seconds", "0", "--layouts", "contiguous", "--out", str(tmp_path)]) == 1
+    said, other = capsys.readouterr().out, {"reference": "torch", "torch": "reference"}[broken]
+    for shape in ("8x8", "paper-16"):
+        assert f"FAILED {shape} float32 contiguous {broken}: RuntimeError: no such instruction" in said
+    with next(tmp_path.glob("*.csv")).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["shape"], row["implementation"]) for row in rows] == [("8x8", other)] * 3 + [("paper-16", other)] * 3
+    assert all(float(row["speedup"]) == 1 if broken == "torch" else row["speedup"] == "nan" for row in rows)
+    assert f"{other} " in next(tmp_path.glob("*.md")).read_text().rsplit("Decoder of Table 1", 1)[1]
 
 
 def test_bench_told_to_stop_keeps_its_rows(tmp_path):
