@@ -291,8 +291,7 @@ def measure_loss(model, data, samples, seed):
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    sums, variance = torch.zeros(4, dtype=torch.float64), torch.zeros(model.config.latents, dtype=torch.float64)
-    lit = 0
+    sums, lit, logvars = torch.zeros(4, dtype=torch.float64), [], []
     for start in range(0, samples, 32):
         images = data.sample(min(32, samples - start), generator)
         out = model(images, generator)
@@ -302,11 +301,11 @@ def measure_loss(model, data, samples, seed):
         if model.config.likelihood == "gaussian":
             floor = torch.full_like(nll, images[0].numel() * math.log(2 * math.pi * 0.3) / 2)
         sums += len(images) * torch.stack([nll, kl, used, floor]).double().cpu()
-        shown = sbvae.not_black(images)
-        lit += shown.sum().item()
-        variance += out.logvar[shown].exp().sum(0).double().cpu()
+        lit.append(images.flatten(1).any(1, keepdim=True).cpu())
+        logvars.append(out.logvar.cpu())
     nll, kl, used, floor = (sums / samples).tolist()
-    return dict(elbo=nll + kl, nll=nll, nll_floor=floor, kl=kl, latents_used=used), (variance / lit).numpy()
+    variance = torch.cat(logvars)[sbvae.not_black(torch.cat(lit))].exp().double().mean(0)
+    return dict(elbo=nll + kl, nll=nll, nll_floor=floor, kl=kl, latents_used=used), variance.numpy()
 
 
 def geometry(model, data, latents=None):

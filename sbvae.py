@@ -567,8 +567,8 @@ class VAE(nn.Module):
 
 
 def init_weights(module: nn.Module, generator=None):
-    """Truncated normal weights and zero biases (A). The paper gives no scale; Sonnet 1, its authors' library of the
-    time, had sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
+    """Truncated normal weights and zero biases (A). The paper gives no scale; Sonnet 1, probably its authors'
+    library, had sigma = 1 / sqrt(fan in), cut at 2 sigma, fan in = kernel area x input channels, also for transposed
     convolutions (ours 2)."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -817,7 +817,7 @@ def open_log(run: Path, checkpoint: dict | None):
 
 
 def not_black(images: torch.Tensor) -> torch.Tensor:
-    """(N,) bool: the images (N, C, H, W) that show something; all of them where none does. What a latent tells is
+    """(N,) bool: the images (N, ...) that show something; all of them where none does. What a latent tells is
     judged on these: on Figure 20's blank images x and hue have nothing to tell, and would seem unused (ours 24)."""
     lit = images.flatten(1).any(1)
     return lit | ~lit.any()

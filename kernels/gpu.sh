@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, into one folder: bash kernels/gpu.sh [FOLDER [PART ...]], from anywhere.
-#   tests    the tests that need a GPU, but for those of kernels/
-#   kernels  those: first published models', CUDA graphs and compilers, then hundreds of shapes, each of which is compiled
+#   tests    the tests that need a GPU, but for those of the Triton kernels
+#   kernels  these: first published models', CUDA graphs and compilers, then hundreds of shapes, each of which is compiled
 #   layer    the first layer's benchmark: correct first, then every shape, launched and as CUDA graphs
 #   step     whole training steps, rung by rung, and several models at once
 #   short    20,000 steps on sprites: precision over 3 seeds, both decoders, FactorVAE; memory and use of the GPU
@@ -12,7 +12,7 @@
 #   others   all other tests
 # Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
 # runs and measures the rest anew. LIMIT=300 in the environment ends each command, of which a part has up to twenty, after
-# so many seconds. Tests run side by side where pytest-xdist is there. The exit code is 1 when something failed;
+# so many seconds; Ctrl-C then waits for that. Tests run side by side where pytest-xdist is there. The exit code is 1 when something failed;
 # FOLDER/failed.txt says what.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -51,9 +51,7 @@ lane="gpu or captured or cuda or graph" # in the names of tests
 kernel_tests=tests/test_kernels_triton.py
 
 tests() {
-    mapfile -t files < <(grep -l 'not torch.cuda.is_available' tests/test_*.py)
-    files+=(tests/test_kernels.py) # two of the same names, which `others` leaves out
-    logged tests_gpu "$python" -m pytest -v "${workers[@]}" --continue-on-collection-errors -k "$lane" "${files[@]}"
+    logged tests_gpu "$python" -m pytest -v "${workers[@]}" --continue-on-collection-errors --ignore=$kernel_tests -k "$lane"
 }
 
 kernels() {
@@ -132,12 +130,12 @@ tune() {
     local setting
     for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
         _MAX_IMAGES=64 _BACKWARD_TILE=1024 _BACKWARD_TILE=4096 _PIXELS=32 _PIXELS=128 _CHANNELS=32; do
-        "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
+        "${limit[@]}" "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
             --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|WRONG|Error|;' | sed "s/^/$setting /"
     done | tee "$out/tune.txt"
     command -v ncu >/dev/null || return 0
     for setting in forward 'backward|backward_last|finish'; do
-        ncu --clock-control none --kernel-name "regex:_($setting)_kernel" --launch-skip 2 --launch-count 8 \
+        "${limit[@]}" ncu --clock-control none --kernel-name "regex:_($setting)_kernel" --launch-skip 2 --launch-count 8 \
             --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis \
             "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.01 \
             --out "$out/tune"

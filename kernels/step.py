@@ -292,7 +292,7 @@ def main(args, header, save):
         try:
             parts, by_macs, by_bytes, flops, bandwidth = split(sbvae, config, args.device, precision, args.seconds)
         except RuntimeError as e:
-            print(f"layer by layer: not run ({' '.join(str(e).split())[:200]})", flush=True)
+            say("", f"Layer by layer: not run ({' '.join(str(e).split())[:200]})")
             continue
         say("", f"Floor in {precision}: {by_macs:.3g} ms of multiply-adds at {2 * flops / 1e9:.3g} TFLOP/s (a matrix "
             f"product here), {by_bytes:.3g} ms of activations at {bandwidth / 1e6:.4g} GB/s (a copy here). The last "

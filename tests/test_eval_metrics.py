@@ -485,7 +485,7 @@ def test_loss_equals_torch_distributions_in_float64(likelihood):
     np.testing.assert_allclose(variance, torch.cat(variances).mean(0).detach().numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("blank, ranked", [(0.5, [0, 2, 1]), (1, [1, 0, 2]), (0, [0, 2, 1])])
+@pytest.mark.parametrize("blank, ranked", [(0.5, [0, 2, 1]), (0.98, [0, 2, 1]), (1, [1, 0, 2]), (0, [0, 2, 1])])
 def test_latents_are_ranked_over_images_that_show_something(blank, ranked):
     """As Figure 20's: z0 tells x where there is a circle and has the prior where there is none; z1 tells which."""
     model = sbvae.build_model(sbvae.Config(image_shape=[1, 8, 8], latents=3, conv_layers=1)).eval()
@@ -495,13 +495,13 @@ def test_latents_are_ranked_over_images_that_show_something(blank, ranked):
     def sample(n, generator):
         return torch.rand(n, 1, 8, 8, generator=generator) * (torch.rand(n, 1, 1, 1, generator=generator) >= blank)
 
-    found, variance = evaluation.measure_loss(model, types.SimpleNamespace(sample=sample), samples=100, seed=0)
+    found, variance = evaluation.measure_loss(model, types.SimpleNamespace(sample=sample), samples=500, seed=0)
     assert np.argsort(variance).tolist() == ranked
     np.testing.assert_allclose(variance, [0.1, 0.3, 0.2] if blank < 1 else [1, 0.25, 1], rtol=1e-6)
-    assert found["latents_used"] == pytest.approx({0: 2, 1: 0, 0.5: 1}[blank], abs=0.4)  # over all images
+    assert found["latents_used"] == pytest.approx(2 * (1 - blank), abs=0.2)  # over all images
     factors = dict(factor_names=None, factor_sizes=None)
     data = types.SimpleNamespace(sample=sample, device="cpu", **factors)
-    assert evaluation.start_explorer(model, data, images=40).order == ranked
+    assert evaluation.start_explorer(model, data, images=200).order == ranked
 
 
 def test_no_decoder_goes_below_the_floor_of_colored_sprites():

@@ -569,6 +569,10 @@ def test_a_layer_that_fails_costs_the_bench_its_own_rows_only(broken, tmp_path, 
     assert [(row["shape"], row["implementation"]) for row in rows] == [("8x8", other)] * 3 + [("paper-16", other)] * 3
     assert all(float(row["speedup"]) == 1 if broken == "torch" else row["speedup"] == "nan" for row in rows)
     assert f"{other} " in next(tmp_path.glob("*.md")).read_text().rsplit("Decoder of Table 1", 1)[1]
+    if broken == "torch":  # a failure in the decoder alone is told by the exit code, too
+        monkeypatch.setattr(bench, "bench_layer", lambda *_: 0)
+        assert bench.main(["--device", "cpu", "--shapes", "8x8", "--seconds", "0", "--no-compile",
+                           "--out", str(tmp_path)]) == 1
 
 
 def test_bench_told_to_stop_keeps_its_rows(tmp_path):
