@@ -843,9 +843,9 @@ def save_pictures(run: Path, model: VAE, images: torch.Tensor):
         encoded = [model.encode(part) for part in images.split(batch)]
         mu, logvar = (torch.cat(parts) for parts in zip(*encoded))
         lit = not_black(images)
-        variance = logvar[lit].exp().mean(0)
+        variance, centers = logvar[lit].exp().mean(0), mu[lit]
         order = variance.argsort()[:20].tolist()  # the most informative latent first
-        z = mu[lit][mu[lit].square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
+        z = centers[centers.square().sum(1).argmin()].repeat(len(order), 11, 1)  # (rows, columns, K)
         for row, k in enumerate(order):
             z[row, :, k] = torch.linspace(-2, 2, 11)
         sweeps = torch.stack([decode(row) for row in z])

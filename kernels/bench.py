@@ -180,6 +180,18 @@ def passes(run, tensors, graph):
     return calls
 
 
+def measure(run, tensors, shape, dtype, layout, args):
+    """Size of the output and {pass: what `timed` returns}. Raises ValueError for a wrong result."""
+    reason = wrong(run, shape, dtype, args.device, layout)
+    if reason:
+        raise ValueError(reason)
+    torch.compiler.reset()
+    with torch.no_grad():
+        size = run(*tensors).numel()
+    calls = passes(run, tensors, args.graph)
+    return size, {k: timed(f, args.device, args.seconds, args.graph) for k, f in calls.items()}
+
+
 def bench_layer(args, rows, save):
     """Fill `rows`, saved shape by shape; return the number of implementations that were wrong or
     failed, which costs their own rows only (the reference's: its shape's, as all are held to it)."""
@@ -191,35 +203,26 @@ def bench_layer(args, rows, save):
             for layout in args.layouts:
                 tensors, base, copy = inputs(shape, dtype, args.device), {}, None
                 for label, (backend, compiled) in implementations(args).items():
-                    what = f"{name} {dtype_name} {layout} {label}"
                     torch.compiler.reset()
                     run = layer(backend, compiled, shape[-1], layout)
                     try:
-                        reason = wrong(run, shape, dtype, args.device, layout)
-                        if reason:
-                            failures += 1
-                            print(f"WRONG {what}: {reason}", flush=True)
-                            continue
-                        torch.compiler.reset()
-                        with torch.no_grad():
-                            size = run(*tensors).numel()
-                        if copy is None:
-                            copy = copy_bandwidth(size, dtype, args.device, args.seconds)
-                        for key, function in passes(run, tensors, args.graph).items():
-                            times = timed(function, args.device, args.seconds, args.graph)
-                            if label == "reference":
-                                base[key] = times[0]
-                            ms, peak = times[0], times[3]
-                            necessary = size * dtype.itemsize * (2 if key == "both" else 1)
-                            rate = necessary / ms / 1e6
-                            rows.append(
-                                (name, dtype_name, layout, key, label, *times[:3], rate)
-                                + (rate / copy, peak, base.get(key, math.nan) / ms)
-                            )
-                            print(markdown_row(rows[-1]), flush=True)
-                    except Exception as e:  # of a compiler, say: the others are measured all the same
+                        size, times = measure(run, tensors, shape, dtype, layout, args)
+                        copy = copy or copy_bandwidth(size, dtype, args.device, args.seconds)
+                    except Exception as e:  # a compiler's, too: the others are measured all the same
                         failures += 1
+                        what = f"{name} {dtype_name} {layout} {label}"
                         print(f"FAILED {what}: {type(e).__name__}: {e}", flush=True)
+                        continue
+                    for key, (ms, low, high, peak) in times.items():
+                        if label == "reference":
+                            base[key] = ms
+                        necessary = size * dtype.itemsize * (2 if key == "both" else 1)
+                        rate = necessary / ms / 1e6
+                        rows.append(
+                            (name, dtype_name, layout, key, label, ms, low, high, rate, rate / copy)
+                            + (peak, base.get(key, math.nan) / ms)
+                        )
+                        print(markdown_row(rows[-1]), flush=True)
                 save()  # compiling takes long: who stops it keeps what there is
     return failures
 

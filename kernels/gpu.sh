@@ -12,8 +12,8 @@
 #   others   all other tests
 # Without a part all but sprites. A part that is stopped keeps what it has; started again it carries on its training
 # runs and measures the rest anew. LIMIT=300 in the environment ends each command, of which a part has up to twenty, after
-# so many seconds; Ctrl-C then waits for that. Tests run side by side where pytest-xdist is there. The exit code is 1 when something failed;
-# FOLDER/failed.txt says what.
+# so many seconds; Ctrl-C then waits for that. Tests run side by side where pytest-xdist is there. The exit code is 1 when
+# something failed; FOLDER/failed.txt says what.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-results/gpu}")
@@ -131,7 +131,7 @@ tune() {
     for setting in _BLOCK=512 _BLOCK=2048 _BLOCK=4096 _PROGRAMS=1024 _PROGRAMS=4096 _MAX_IMAGES=16 \
         _MAX_IMAGES=64 _BACKWARD_TILE=1024 _BACKWARD_TILE=4096 _PIXELS=32 _PIXELS=128 _CHANNELS=32; do
         "${limit[@]}" "$python" -m kernels.bench --device cuda --no-compile --shapes paper-256 --seconds 0.1 \
-            --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|WRONG|Error|;' | sed "s/^/$setting /"
+            --set "$setting" --out "$out/tune" 2>&1 | grep -E 'triton|FAILED|Error|;' | sed "s/^/$setting /"
     done | tee "$out/tune.txt"
     command -v ncu >/dev/null || return 0
     for setting in forward 'backward|backward_last|finish'; do

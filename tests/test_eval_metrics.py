@@ -499,9 +499,7 @@ def test_latents_are_ranked_over_images_that_show_something(blank, ranked):
     assert np.argsort(variance).tolist() == ranked
     np.testing.assert_allclose(variance, [0.1, 0.3, 0.2] if blank < 1 else [1, 0.25, 1], rtol=1e-6)
     assert found["latents_used"] == pytest.approx(2 * (1 - blank), abs=0.2)  # over all images
-    factors = dict(factor_names=None, factor_sizes=None)
-    data = types.SimpleNamespace(sample=sample, device="cpu", **factors)
-    assert evaluation.start_explorer(model, data, images=200).order == ranked
+    assert evaluation.start_explorer(model, types.SimpleNamespace(sample=sample), images=200).order == ranked
 
 
 def test_no_decoder_goes_below_the_floor_of_colored_sprites():

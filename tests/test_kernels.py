@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -543,6 +544,9 @@ def test_bench_refuses_to_time_a_wrong_layer(dtype):
         lambda z, coords, weight, bias: right(z.detach() * 2 - z, coords, weight, bias),
     ):
         assert "error" in bench.wrong(broken, *case)
+        with pytest.raises(ValueError, match="error"):
+            args = types.SimpleNamespace(device="cpu", graph=False, seconds=0)
+            bench.measure(broken, bench.inputs(case[0], dtype, "cpu"), *case[:2], case[3], args)
 
 
 @pytest.mark.parametrize("broken", ["reference", "torch"])
